@@ -1,0 +1,197 @@
+"""C++ norm kernels and oneDNN convolutions with fused epilogues, on CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resfast import native
+from resfast.backends.interface import (
+    Affine,
+    Backend,
+    ConvGeometry,
+    acc_dtype,
+    empty_nhwc,
+    nhwc,
+)
+from resfast.backends.packed import packed_convolution
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_native = torch.ops.resfast
+
+
+class CpuBackend(Backend):
+    name = "cpu"
+
+    def unavailable_reason(self) -> str | None:
+        return None if native.is_available() else native.load_error()
+
+    def declines(self, function: str, z: Tensor) -> str | None:
+        if z.device.type != "cpu":
+            return f"it runs on cpu, the tensor is on {z.device.type}"
+        if z.dtype not in _DTYPES:
+            return f"no kernel for {z.dtype}"
+        return None
+
+    def conv_fprop_affine(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        g: ConvGeometry,
+        affine: Affine,
+        residual: Tensor | None,
+        relu: bool,
+        add_after_act: bool,
+    ) -> Tensor:
+        packed = packed_convolution(x, weight, bias, g, affine)
+        if packed is None:
+            return super().conv_fprop_affine(
+                x, weight, bias, g, affine, residual, relu, add_after_act
+            )
+        y = packed(nhwc(x), None if add_after_act or residual is None else nhwc(residual), relu)
+        if add_after_act and residual is not None:
+            y.add_(residual)
+        return nhwc(y)
+
+    def norm_stats(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        mean = torch.empty(z.shape[1], dtype=acc_dtype(z.dtype))
+        m2 = torch.empty_like(mean)
+        _native.norm_stats(nhwc(z), mean, m2)
+        return mean, m2
+
+    def norm_apply(
+        self,
+        z: Tensor,
+        affine: Affine,
+        residual: Tensor | None,
+        residual_affine: Affine | None,
+        relu: bool,
+        add_after_act: bool,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        z = nhwc(z)
+        out = empty_nhwc(z.shape, z) if out is None else out
+        _native.norm_apply(
+            z,
+            *affine,
+            None if residual is None else nhwc(residual),
+            *(residual_affine or (None, None, None)),
+            relu,
+            add_after_act,
+            out,
+        )
+        return out
+
+    def norm_backward_reduce(
+        self,
+        dy: Tensor,
+        z: Tensor,
+        affine: Affine,
+        rstd: Tensor,
+        y: Tensor | None,
+        relu: bool,
+        write_activation: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        sum_du, sum_du_xhat = torch.empty_like(rstd), torch.empty_like(rstd)
+        activation = empty_nhwc(z.shape, z) if write_activation else None
+        _native.norm_backward_reduce(
+            nhwc(dy),
+            nhwc(z),
+            affine.mean,
+            rstd,
+            None if y is None else nhwc(y),
+            affine.scale,
+            affine.beta,
+            relu,
+            sum_du,
+            sum_du_xhat,
+            activation,
+        )
+        return sum_du, sum_du_xhat, activation
+
+    def norm_backward_apply(
+        self,
+        dy: Tensor,
+        z: Tensor,
+        affine: Affine,
+        y: Tensor | None,
+        relu: bool,
+        coef_z: Tensor | None,
+        coef_1: Tensor | None,
+        need_du: bool,
+        reuse_dy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        dy, z = nhwc(dy), nhwc(z)
+        dz = dy if reuse_dy else empty_nhwc(z.shape, z)
+        du = empty_nhwc(z.shape, z) if need_du else None
+        _native.norm_backward_apply(
+            dy,
+            z,
+            affine.mean,
+            affine.scale,
+            affine.beta,
+            None if y is None else nhwc(y),
+            relu,
+            coef_z,
+            coef_1,
+            dz,
+            du,
+        )
+        return dz, du
+
+    def norm_apply_max_pool(
+        self, z: Tensor, affine: Affine, kernel: int, stride: int, padding: int
+    ) -> tuple[Tensor, Tensor]:
+        n, c, h, w = z.shape
+        p, q = ((s + 2 * padding - kernel) // stride + 1 for s in (h, w))
+        out = empty_nhwc((n, c, p, q), z)
+        index = torch.empty_like(out, dtype=torch.uint8)
+        _native.norm_apply_max_pool(nhwc(z), *affine, kernel, stride, padding, out, index)
+        return out, index
+
+    def norm_max_pool_backward_reduce(
+        self,
+        dy: Tensor,
+        z: Tensor,
+        affine: Affine,
+        rstd: Tensor,
+        index: Tensor,
+        kernel: int,
+        stride: int,
+        padding: int,
+    ) -> tuple[Tensor, Tensor]:
+        sum_du, sum_du_xhat = torch.empty_like(rstd), torch.empty_like(rstd)
+        _native.norm_max_pool_backward_reduce(
+            nhwc(dy),
+            nhwc(z),
+            affine.mean,
+            rstd,
+            affine.scale,
+            affine.beta,
+            index,
+            kernel,
+            stride,
+            padding,
+            sum_du,
+            sum_du_xhat,
+        )
+        return sum_du, sum_du_xhat
+
+    def norm_max_pool_backward_apply(
+        self,
+        dy: Tensor,
+        z: Tensor,
+        affine: Affine,
+        index: Tensor,
+        kernel: int,
+        stride: int,
+        padding: int,
+        coef_z: Tensor | None,
+        coef_1: Tensor | None,
+    ) -> Tensor:
+        dz = empty_nhwc(z.shape, z)
+        _native.norm_max_pool_backward_apply(
+            nhwc(dy), nhwc(z), *affine, index, kernel, stride, padding, coef_z, coef_1, dz
+        )
+        return dz

@@ -1,0 +1,222 @@
+"""The seven functions every backend computes, and the library convolutions they share.
+
+Tensors are logical NCHW, physical NHWC (``channels_last``). z is a raw convolution output. All
+per-channel vectors are of the accumulation dtype: float32, or float64 for float64 activations.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FUNCTIONS = (
+    "conv_fprop",
+    "norm_stats",
+    "norm_apply",
+    "norm_backward_reduce",
+    "norm_backward_apply",
+    "conv_dgrad",
+    "conv_wgrad",
+)
+
+
+class ConvGeometry(NamedTuple):
+    """Stride, padding and dilation as (height, width), and groups."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+class Affine(NamedTuple):
+    """u = (z − mean)·scale + beta per channel, each ``[C]`` in the accumulation dtype.
+
+    Subtracting the mean first, rather than folding it into one shift, keeps a channel whose
+    mean is large beside its spread exact.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    beta: Tensor
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums, statistics and norm parameters are kept in for activations of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def nhwc(t: Tensor) -> Tensor:
+    """``t`` as dense channels_last with canonical strides, copied only if its memory differs.
+
+    Size-1 dimensions make NCHW and NHWC strides ambiguous; the canonical ones keep the next
+    convolution from choosing NCHW and keep real strides equal to those of the fakes.
+    """
+    t = t.contiguous(memory_format=torch.channels_last)
+    _, c, h, w = t.shape
+    strides = (h * w * c, 1, w * c, c)
+    return t if t.stride() == strides else t.as_strided(t.shape, strides)
+
+
+def empty_nhwc(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
+    """Uninitialised channels_last tensor of ``shape`` with dtype and device of ``like``."""
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+class Backend:
+    """One implementation of the seven functions; the convolutions default to the library's.
+
+    ``conv_*`` here call the convolution PyTorch dispatches to (oneDNN on CPU, cuDNN on CUDA).
+    """
+
+    name: str
+
+    def unavailable_reason(self) -> str | None:
+        """Why this backend cannot run on this machine at all, or None."""
+        return None
+
+    def declines(self, function: str, z: Tensor) -> str | None:
+        """Why this backend does not take ``function`` for a tensor like ``z``, or None."""
+        raise NotImplementedError
+
+    # ---- convolutions
+
+    def conv_fprop(self, x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
+        """z = conv(x, weight) + bias: ``[N, C, H, W]``, ``[K, C/groups, R, S]`` → ``[N, K, P, Q]``."""
+        return nhwc(
+            torch.ops.aten.convolution(
+                nhwc(x), weight, bias, g.stride, g.padding, g.dilation, False, (0, 0), g.groups
+            )
+        )
+
+    def conv_fprop_affine(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        g: ConvGeometry,
+        affine: Affine,
+        residual: Tensor | None,
+        relu: bool,
+        add_after_act: bool,
+    ) -> Tensor:
+        """conv_fprop with the affine, residual and ReLU as epilogue; here: two steps, in place."""
+        z = self.conv_fprop(x, weight, bias, g)
+        return self.norm_apply(z, affine, residual, None, relu, add_after_act, out=z)
+
+    def conv_dgrad(self, dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
+        """dx ``[N, C, H, W]`` from dz ``[N, K, P, Q]``; of ``x`` only shape and layout matter."""
+        return nhwc(_convolution_backward(dz, x, weight, g, (True, False))[0])
+
+    def conv_wgrad(self, dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
+        """dweight ``[K, C/groups, R, S]`` from dz and the convolution's input; ``weight`` gives the shape."""
+        return _convolution_backward(dz, x, weight, g, (False, True))[1]
+
+    # ---- normalisation
+
+    def norm_stats(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, M2) per channel over N, H, W; M2 = Σ(z − mean)²."""
+        raise NotImplementedError
+
+    def norm_apply(
+        self,
+        z: Tensor,
+        affine: Affine,
+        residual: Tensor | None,
+        residual_affine: Affine | None,
+        relu: bool,
+        add_after_act: bool,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """y = act(u + r), or act(u) + r; r is the residual, or its affine. ``out`` may be z."""
+        raise NotImplementedError
+
+    def norm_backward_reduce(
+        self,
+        dy: Tensor,
+        z: Tensor,
+        affine: Affine,
+        rstd: Tensor,
+        y: Tensor | None,
+        relu: bool,
+        write_activation: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(Σdu, Σdu·x̂, act(u) if asked for). du is dy where ``y`` (or, without it, u) is positive."""
+        raise NotImplementedError
+
+    def norm_backward_apply(
+        self,
+        dy: Tensor,
+        z: Tensor,
+        affine: Affine,
+        y: Tensor | None,
+        relu: bool,
+        coef_z: Tensor | None,
+        coef_1: Tensor | None,
+        need_du: bool,
+        reuse_dy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(dz, du if asked for); dz = scale·du + coef_z·(z − mean) + coef_1.
+
+        ``reuse_dy`` lets dz be written over dy (never over a gradient the caller still owns).
+        """
+        raise NotImplementedError
+
+    # ---- the stem's max-pool, on top of the norm
+
+    def norm_apply_max_pool(
+        self, z: Tensor, affine: Affine, kernel: int, stride: int, padding: int
+    ) -> tuple[Tensor, Tensor]:
+        """(maxpool(relu(u)), uint8 window position of each maximum), both ``[N, C, P, Q]``."""
+        raise NotImplementedError
+
+    def norm_max_pool_backward_reduce(
+        self,
+        dy: Tensor,
+        z: Tensor,
+        affine: Affine,
+        rstd: Tensor,
+        index: Tensor,
+        kernel: int,
+        stride: int,
+        padding: int,
+    ) -> tuple[Tensor, Tensor]:
+        """(Σdu, Σdu·x̂) with du = dy scattered to its maxima and masked by u > 0."""
+        raise NotImplementedError
+
+    def norm_max_pool_backward_apply(
+        self,
+        dy: Tensor,
+        z: Tensor,
+        affine: Affine,
+        index: Tensor,
+        kernel: int,
+        stride: int,
+        padding: int,
+        coef_z: Tensor | None,
+        coef_1: Tensor | None,
+    ) -> Tensor:
+        """dz = scale·du + coef_z·(z − mean) + coef_1 for that du."""
+        raise NotImplementedError
+
+
+def _convolution_backward(
+    dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, mask: tuple[bool, bool]
+) -> tuple[Tensor, ...]:
+    return torch.ops.aten.convolution_backward(
+        dz,
+        nhwc(x),
+        weight,
+        None,
+        g.stride,
+        g.padding,
+        g.dilation,
+        False,
+        (0, 0),
+        g.groups,
+        (*mask, False),
+    )

@@ -1,0 +1,90 @@
+"""oneDNN convolution with norm, residual and ReLU as post-ops, on weights folded and packed once.
+
+oneDNN's post-ops reach PyTorch through ``mkldnn::_convolution_pointwise``. They take no
+per-channel scale, so scale is folded into the weights, in fp32. Folding and packing cost a pass
+over the weights each, hence the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from resfast.backends.interface import Affine, ConvGeometry
+
+PackedConvolution = Callable[[Tensor, "Tensor | None", bool], Tensor]
+
+_SAMPLES = 64
+
+
+class _Key(NamedTuple):
+    version: int
+    data_ptr: int
+    geometry: ConvGeometry
+    # oneDNN picks its blocking for an input size; another batch runs, with a slower layout
+    input_shape: tuple[int, ...]
+
+
+class _Entry(NamedTuple):
+    key: _Key
+    # writes through .data leave the version counter alone; values catch those
+    sample: Tensor
+    packed_weight: Tensor
+    packed_bias: Tensor
+
+
+_cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def clear_packed_weights() -> None:
+    """Free every folded and packed weight; the next inference call packs again."""
+    _cache.clear()
+
+
+def _sample(weight: Tensor, bias: Tensor | None, affine: Affine) -> Tensor:
+    flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().flatten()
+    parts = [flat[:: max(1, flat.numel() // _SAMPLES)].float(), *affine]
+    if bias is not None:
+        parts.append(bias.detach().float())
+    return torch.cat(parts)
+
+
+def packed_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, affine: Affine
+) -> PackedConvolution | None:
+    """A function (x, residual, relu) → y, or None where oneDNN cannot run it this way."""
+    if x.dtype != torch.float32 or x.numel() == 0 or not torch.backends.mkldnn.enabled:
+        return None
+    if not torch.backends.mkldnn.is_available() or weight.is_inference():
+        return None
+    key = _Key(weight._version, weight.data_ptr(), g, tuple(x.shape))
+    entry = _cache.get(weight)
+    sample = _sample(weight, bias, affine)
+    if entry is None or entry.key != key or not torch.equal(entry.sample, sample):
+        folded = weight.detach() * affine.scale.view(-1, 1, 1, 1)
+        offset = affine.beta - affine.mean * affine.scale
+        if bias is not None:
+            offset = offset + bias.detach() * affine.scale
+        packed = torch.ops.mkldnn._reorder_convolution_weight(
+            folded, g.padding, g.stride, g.dilation, g.groups, x.shape
+        )
+        entry = _Entry(key, sample, packed, offset)
+        _cache[weight] = entry
+
+    def run(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        geometry = (g.padding, g.stride, g.dilation, g.groups)
+        if residual is None:
+            attr = "relu" if relu else "none"
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, entry.packed_weight, entry.packed_bias, *geometry, attr, [], ""
+            )
+        attr = "relu" if relu else None
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            x, residual, entry.packed_weight, entry.packed_bias, *geometry, "add", 1.0, attr, [], ""
+        )
+
+    return run

@@ -1,0 +1,112 @@
+"""Which backend runs a function, and why; selection happens below the op boundary."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from resfast.backends.cpu import CpuBackend
+from resfast.backends.eager import EagerBackend
+from resfast.backends.interface import Backend
+
+# in order of preference; the last one takes everything
+_BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), EagerBackend())}
+_forced: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One function call: who ran it, on what, and why the backends before it did not."""
+
+    function: str
+    backend: str
+    shape: tuple[int, ...]
+    dtype: str
+    declined: dict[str, str] = field(default_factory=dict)
+
+
+_listeners: list[Callable[[Choice], None]] = []
+
+
+def names() -> tuple[str, ...]:
+    """Backend names in order of preference."""
+    return tuple(_BACKENDS)
+
+
+def available() -> list[tuple[str, bool, str]]:
+    """(name, usable on this machine, why not) for each backend in order of preference."""
+    rows = []
+    for name, candidate in _BACKENDS.items():
+        reason = candidate.unavailable_reason()
+        rows.append((name, reason is None, reason or ""))
+    return rows
+
+
+def _check_name(name: str) -> str:
+    if name not in _BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; expected one of {', '.join(_BACKENDS)}")
+    return name
+
+
+def _reason_against(candidate: Backend, function: str, z: Tensor) -> str | None:
+    return candidate.unavailable_reason() or candidate.declines(function, z)
+
+
+def select(function: str, z: Tensor) -> Backend:
+    """The backend that runs ``function`` on a tensor like ``z``.
+
+    Raises:
+        RuntimeError: a backend is forced and declines; it never falls back silently.
+    """
+    declined: dict[str, str] = {}
+    for name in (_forced,) if _forced else _BACKENDS:
+        candidate = _BACKENDS[name]
+        reason = _reason_against(candidate, function, z)
+        if reason is None:
+            for listener in _listeners:
+                listener(Choice(function, name, tuple(z.shape), str(z.dtype), declined))
+            return candidate
+        declined[name] = reason
+    raise RuntimeError(
+        f"backend {_forced!r} is forced but does not run {function}: {declined[_forced or '']}"
+    )
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one backend for everything inside, in the whole process.
+
+    Process-wide because autograd runs backward in other threads. A forced backend that cannot
+    run a function raises RuntimeError.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the backend cannot run on this machine.
+    """
+    global _forced
+    reason = _BACKENDS[_check_name(name)].unavailable_reason()
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@contextlib.contextmanager
+def listen(listener: Callable[[Choice], None]) -> Iterator[None]:
+    """Call ``listener`` with each choice made inside."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+if os.environ.get("RESFAST_BACKEND"):
+    _forced = _check_name(os.environ["RESFAST_BACKEND"])

@@ -1,0 +1,20 @@
+"""The fused ops: ``torch.ops.resfast.*``, and the functions that call them."""
+
+from resfast.ops.bn_act import bn_act
+from resfast.ops.bn_act_max_pool import bn_act_max_pool
+from resfast.ops.checks import strict
+from resfast.ops.conv_bn_act import conv_bn_act
+from resfast.ops.params import ConvParams, NormParams
+from resfast.ops.residual_block import residual_block
+from resfast.ops.running_stats import update_running_stats
+
+__all__ = [
+    "ConvParams",
+    "NormParams",
+    "bn_act",
+    "bn_act_max_pool",
+    "conv_bn_act",
+    "residual_block",
+    "strict",
+    "update_running_stats",
+]

@@ -1,0 +1,124 @@
+"""The schedule of a batch norm over the backends' functions, forward and backward.
+
+Ioffe and Szegedy 2015 (arXiv:1502.03167). Not ops themselves: every op with a norm in it calls
+these below its own boundary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resfast.backends.interface import Affine, acc_dtype
+from resfast.backends.select import select
+
+
+class Statistics(NamedTuple):
+    """What a norm divides by: mean and biased variance per channel, accumulation dtype."""
+
+    mean: Tensor
+    var: Tensor
+
+
+class Norm(NamedTuple):
+    """A norm made ready: the affine to apply, and what its backward needs."""
+
+    affine: Affine
+    rstd: Tensor
+
+
+def count(z: Tensor) -> int:
+    """Values per channel."""
+    return z.shape[0] * z.shape[2] * z.shape[3]
+
+
+def statistics(
+    z: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool
+) -> Statistics:
+    """The batch's statistics in training, else copies of the running ones."""
+    if training:
+        mean, m2 = select("norm_stats", z).norm_stats(z)
+        return Statistics(mean, m2.div_(max(1, count(z))))
+    assert running_mean is not None and running_var is not None
+    acc = acc_dtype(z.dtype)
+    # copies: an op's output may not alias its input
+    return Statistics(running_mean.to(acc, copy=True), running_var.to(acc, copy=True))
+
+
+def fake_statistics(z: Tensor) -> Statistics:
+    """Fakes of what ``statistics`` returns."""
+    v = z.new_empty(z.shape[1], dtype=acc_dtype(z.dtype))
+    return Statistics(v, torch.empty_like(v))
+
+
+def prepare(stats: Statistics, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Norm:
+    """scale = gamma·rstd, rstd = 1/√(var + eps)."""
+    rstd = (stats.var + eps).rsqrt_()
+    scale = rstd if gamma is None else gamma.to(rstd.dtype) * rstd
+    offset = torch.zeros_like(rstd) if beta is None else beta.to(rstd.dtype)
+    return Norm(Affine(stats.mean, scale, offset.contiguous()), rstd)
+
+
+def apply(
+    z: Tensor,
+    norm: Norm,
+    residual: Tensor | None = None,
+    residual_norm: Norm | None = None,
+    relu: bool = True,
+    add_after_act: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """act(norm(z) + r) or act(norm(z)) + r."""
+    residual_affine = residual_norm.affine if residual_norm else None
+    return select("norm_apply", z).norm_apply(
+        z, norm.affine, residual, residual_affine, relu, add_after_act, out
+    )
+
+
+class NormGradients(NamedTuple):
+    """dz; du (the residual's gradient) and activation where asked for; dgamma and dbeta ``[C]``."""
+
+    dz: Tensor
+    du: Tensor | None
+    activation: Tensor | None
+    dgamma: Tensor
+    dbeta: Tensor
+
+
+def coefficients(
+    norm: Norm, sum_du: Tensor, sum_du_xhat: Tensor, n: int, training: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dz = scale·(du − Σdu/n − x̂·Σ(du·x̂)/n) in terms of z − mean and 1; eval: dz = scale·du."""
+    if not training:
+        return None, None
+    scale = norm.affine.scale / max(1, n)
+    return -(scale * norm.rstd * sum_du_xhat), -(scale * sum_du)
+
+
+def backward(
+    dy: Tensor,
+    z: Tensor,
+    norm: Norm,
+    *,
+    y: Tensor | None,
+    relu: bool,
+    training: bool,
+    need_du: bool = False,
+    need_activation: bool = False,
+    reuse_dy: bool = False,
+) -> NormGradients:
+    """Backward of act(norm(z)[+ r]).
+
+    ``y`` is the saved output, needed where the ReLU's mask cannot be read off norm(z) alone:
+    a residual joined before the activation.
+    """
+    sum_du, sum_du_xhat, activation = select("norm_backward_reduce", z).norm_backward_reduce(
+        dy, z, norm.affine, norm.rstd, y, relu, need_activation
+    )
+    coef_z, coef_1 = coefficients(norm, sum_du, sum_du_xhat, count(z), training)
+    dz, du = select("norm_backward_apply", z).norm_backward_apply(
+        dy, z, norm.affine, y, relu, coef_z, coef_1, need_du, reuse_dy
+    )
+    return NormGradients(dz, du, activation, sum_du_xhat, sum_du)

@@ -1,0 +1,71 @@
+"""Updating a norm's running statistics: the one op that mutates, and it has no autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resfast.ops.params import NormParams
+from resfast.ops.registry import FusedOp
+
+
+def _kernel(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float | None,
+) -> None:
+    # Inside a backward pass this is activation checkpointing's second forward of the same batch.
+    if torch._C._current_graph_task_id() != -1 or count == 0:
+        return
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    unbiased = var * (count / max(1, count - 1))
+    if momentum is not None:
+        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+        running_var.mul_(1 - momentum).add_(unbiased, alpha=momentum)
+        return
+    if num_batches_tracked is None:
+        raise RuntimeError("momentum=None (cumulative average) needs num_batches_tracked")
+    running_mean.lerp_(mean.to(running_mean.dtype), _share(num_batches_tracked, running_mean))
+    running_var.lerp_(unbiased.to(running_var.dtype), _share(num_batches_tracked, running_var))
+
+
+def _share(num_batches_tracked: Tensor, like: Tensor) -> Tensor:
+    return num_batches_tracked.to(like.dtype).reciprocal()
+
+
+def _fake(running_mean, running_var, num_batches_tracked, mean, var, count, momentum) -> None:
+    return None
+
+
+_update = FusedOp(
+    "update_running_stats",
+    "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
+    "Tensor mean, Tensor var, SymInt count, float? momentum) -> ()",
+    _kernel,
+    _fake,
+)
+
+
+def update_running_stats(norm: NormParams, mean: Tensor, var: Tensor, count: int) -> None:
+    """Fold one batch's mean and biased variance into the norm's buffers, where it has them.
+
+    running ← (1 − momentum)·running + momentum·batch, the variance unbiased; once per batch, also
+    under activation checkpointing. An empty batch changes nothing.
+    """
+    if not norm.training or norm.running_mean is None or norm.running_var is None:
+        return
+    with torch.no_grad():
+        _update(
+            norm.running_mean,
+            norm.running_var,
+            norm.num_batches_tracked,
+            mean,
+            var,
+            count,
+            norm.momentum,
+        )
