@@ -1,0 +1,229 @@
+"""From stock child modules to fused ops: read their parameters, or say why they run themselves.
+
+A layer is fused only when nobody could tell the difference: exact stock types, no hooks. Whatever
+else a user puts in a child's place (SyncBatchNorm, GroupNorm, a parametrised convolution, a module
+with a hook) is called as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as _module
+
+from resfast.ops import ConvParams, NormParams, bn_act, conv_bn_act
+
+
+class PlanRow(NamedTuple):
+    """One step of a forward pass: the children it covers, the op that runs them, and why not more.
+
+    op is the fused op's name or ``"unfused"``; reason is None where nothing prevented fusion.
+    """
+
+    children: tuple[str, ...]
+    op: str
+    reason: str | None
+
+
+class Fusible(nn.Module):
+    """Base of the modules whose forward may call fused ops. ``fused=False``: stock layers only."""
+
+    fused: bool = True
+
+
+def set_fused(model: nn.Module, fused: bool) -> nn.Module:
+    """Switch every resfast module in model between fused ops and stock children, in place."""
+    for m in model.modules():
+        if isinstance(m, Fusible):
+            m.fused = bool(fused)
+    return model
+
+
+def unfused(model: nn.Module) -> nn.Module:
+    """A deep copy that runs the stock layers: reference, benchmark peer, source for ONNX."""
+    return set_fused(copy.deepcopy(model), False)
+
+
+def _hook_reason(m: nn.Module) -> str | None:
+    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+        return f"a hook on the {type(m).__name__}"
+    if "forward" in m.__dict__:
+        return f"the {type(m).__name__}'s forward was replaced"
+    return None
+
+
+def _global_hook_reason() -> str | None:
+    return "a global module hook" if _module._has_any_global_hook() else None
+
+
+def plain_reason(m: nn.Module, kind: type) -> str | None:
+    """None where m is exactly of this kind and calling it has no other effect than its forward."""
+    if type(m) is not kind:
+        return f"{type(m).__name__} is not a plain {kind.__name__}"
+    return _hook_reason(m) or _global_hook_reason()
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return value if type(value) is tuple else (value, value)
+
+
+def _resolve_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
+    """Numbers for ``padding="valid"`` and ``"same"``; None where 'same' is one-sided."""
+    padding = conv.padding
+    if not isinstance(padding, str):
+        return _pair(padding)
+    if padding == "valid":
+        return (0, 0)
+    (dh, dw), (kh, kw) = _pair(conv.dilation), _pair(conv.kernel_size)
+    h, w = dh * (kh - 1), dw * (kw - 1)
+    return None if h % 2 or w % 2 else (h // 2, w // 2)
+
+
+def conv_params(conv: nn.Conv2d) -> ConvParams:
+    """What a fused op needs of a convolution that ``conv_reason`` accepts."""
+    return ConvParams(
+        conv.weight,
+        conv.bias,
+        _pair(conv.stride),
+        _resolve_padding(conv),
+        _pair(conv.dilation),
+        conv.groups,
+    )
+
+
+def norm_params(bn: nn.BatchNorm2d) -> NormParams:
+    """What a fused op needs of a batch norm, with the rules of ``BatchNorm2d.forward``."""
+    training = bn.training
+    # In training, buffers that are not to be tracked are not passed at all.
+    tracked = not training or bn.track_running_stats
+    mean = bn.running_mean if tracked else None
+    var = bn.running_var if tracked else None
+    return NormParams(
+        bn.weight,
+        bn.bias,
+        mean,
+        var,
+        bn.num_batches_tracked if tracked else None,
+        training or (mean is None and var is None),
+        bn.momentum,
+        bn.eps,
+    )
+
+
+def conv_reason(conv: nn.Module) -> str | None:
+    """Why a convolution cannot be read by a fused op, or None."""
+    if type(conv) is not nn.Conv2d:
+        return f"{type(conv).__name__} is not a plain Conv2d"
+    if conv.padding_mode != "zeros":
+        return f"padding_mode {conv.padding_mode!r}"
+    if isinstance(conv.padding, str) and _resolve_padding(conv) is None:
+        return "padding 'same' with an even kernel is one-sided"
+    return _hook_reason(conv)
+
+
+def norm_reason(bn: nn.Module) -> str | None:
+    """Why a norm cannot be read by a fused op, or None. Eval and frozen norms can."""
+    if type(bn) is not nn.BatchNorm2d:
+        return f"{type(bn).__name__} is not a plain BatchNorm2d"
+    return _hook_reason(bn)
+
+
+def unfused_reason(conv: nn.Module, bn: nn.Module) -> str | None:
+    """Why this pair runs as two stock modules, or None where it becomes one ``conv_bn_act``."""
+    return conv_reason(conv) or norm_reason(bn) or _global_hook_reason()
+
+
+def _split_activation(relu: bool | nn.Module) -> tuple[bool, nn.Module | None]:
+    """(a plain ReLU follows, the module to call instead)."""
+    if isinstance(relu, nn.Module):
+        return (True, None) if plain_reason(relu, nn.ReLU) is None else (False, relu)
+    return relu, None
+
+
+def _may_overwrite(norm: nn.Module) -> bool:
+    """Batch norm saves its input, not its output: add and ReLU may work in place, as stock does."""
+    return type(norm) is nn.BatchNorm2d and not (
+        norm._backward_hooks or norm._backward_pre_hooks or norm._forward_hooks
+    )
+
+
+def stock_tail(
+    y: Tensor,
+    norm: nn.Module,
+    residual: Tensor | None,
+    relu: bool | nn.Module,
+    add_after_act: bool,
+) -> Tensor:
+    """Addition and activation after a norm's output y, in either order, by stock functions."""
+    in_place = _may_overwrite(norm) and not isinstance(y, fx.Proxy)
+    plain, act = _split_activation(relu)
+
+    def add(t: Tensor) -> Tensor:
+        return t.add_(residual) if in_place and t.dtype == residual.dtype else t + residual
+
+    if residual is not None and not add_after_act:
+        y = add(y)
+        in_place = True
+    if plain:
+        y = F.relu(y, inplace=in_place and not isinstance(y, fx.Proxy))
+    elif act is not None:
+        y = act(y)
+    if residual is not None and add_after_act:
+        y = y + residual  # ReLU's backward reads its output
+    return y
+
+
+def run_conv_bn_act(
+    conv: nn.Module,
+    bn: nn.Module,
+    x: Tensor,
+    residual: Tensor | None = None,
+    relu: bool | nn.Module = True,
+    add_after_act: bool = False,
+    *,
+    fused: bool = True,
+) -> Tensor:
+    """relu(bn(conv(x)) + residual), or relu(bn(conv(x))) + residual with ``add_after_act``.
+
+    One ``conv_bn_act`` where both children allow it, else the children themselves. ``relu`` may be
+    a module: anything but a plain ``nn.ReLU`` is called after a fused conv+bn.
+    """
+    if not fused or isinstance(x, fx.Proxy) or unfused_reason(conv, bn) is not None:
+        return stock_tail(bn(conv(x)), bn, residual, relu, add_after_act)
+    plain, act = _split_activation(relu)
+    params, norm = conv_params(conv), norm_params(bn)
+    if act is None:
+        return conv_bn_act(x, params, norm, residual, relu=plain, add_after_act=add_after_act)
+    if add_after_act:
+        y = act(conv_bn_act(x, params, norm, relu=False))
+        return y if residual is None else y + residual
+    return act(conv_bn_act(x, params, norm, residual, relu=False))
+
+
+def run_bn_act(
+    bn: nn.Module,
+    x: Tensor,
+    residual: Tensor | None = None,
+    relu: bool | nn.Module = True,
+    add_after_act: bool = False,
+    *,
+    fused: bool = True,
+) -> Tensor:
+    """relu(bn(x) + residual): one ``bn_act`` where the norm allows it, else the norm itself."""
+    if (
+        not fused
+        or isinstance(x, fx.Proxy)
+        or norm_reason(bn) is not None
+        or _global_hook_reason() is not None
+    ):
+        return stock_tail(bn(x), bn, residual, relu, add_after_act)
+    plain, act = _split_activation(relu)
+    if act is None:
+        return bn_act(x, norm_params(bn), residual, relu=plain, add_after_act=add_after_act)
+    if add_after_act:
+        y = act(bn_act(x, norm_params(bn), relu=False))
+        return y if residual is None else y + residual
+    return act(bn_act(x, norm_params(bn), residual, relu=False))
