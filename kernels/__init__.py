@@ -1,0 +1,1 @@
+"""Home of the Triton kernels, installed as ``resfast.kernels``. There are none yet."""
