@@ -1,0 +1,18 @@
+// The schema of every native op. Outputs are allocated by the caller; Python defines its own ops in
+// the same namespace.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
+  m.def("norm_stats(Tensor z, Tensor(a!) mean, Tensor(b!) m2) -> ()");
+  m.def(
+      "norm_apply(Tensor z, Tensor mean, Tensor scale, Tensor beta, Tensor? residual, "
+      "Tensor? residual_mean, Tensor? residual_scale, Tensor? residual_beta, bool relu, "
+      "bool add_after_act, Tensor(a!) out) -> ()");
+  m.def(
+      "norm_backward_reduce(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor? y, "
+      "Tensor? scale, Tensor? beta, bool relu, Tensor(a!) sum_du, Tensor(b!) sum_du_xhat, "
+      "Tensor(c!)? activation) -> ()");
+  m.def(
+      "norm_backward_apply(Tensor dy, Tensor z, Tensor mean, Tensor scale, Tensor? beta, "
+      "Tensor? y, bool relu, Tensor? coef_z, Tensor? coef_1, Tensor(a!) dz, Tensor(b!)? du) -> ()");
+}

@@ -1,0 +1,98 @@
+"""Loads the compiled library and says why not where it cannot. Importing this never raises.
+
+Loading registers the raw ops as ``torch.ops.resfast.norm_*``: every one writes into tensors that
+the caller allocated and returns nothing. See ``csrc/library.cpp`` for their schemas.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+RAW_OPS = (
+    "norm_stats",
+    "norm_apply",
+    "norm_backward_reduce",
+    "norm_backward_apply",
+)
+
+_INSTALL = "pip install -e ."
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    if os.environ.get("RESFAST_DISABLE_NATIVE", "0") not in ("", "0"):
+        return None, "the native library is disabled by RESFAST_DISABLE_NATIVE; unset it"
+    try:
+        return importlib.import_module("resfast._C"), None
+    except ModuleNotFoundError:
+        return None, (
+            f"the native library resfast._C is not built for this Python; run `{_INSTALL}` in a "
+            "checkout of resfast, or reinstall the package"
+        )
+    except (ImportError, OSError) as error:
+        return None, (
+            f"the native library resfast._C does not load with torch {torch.__version__}: {error}; "
+            f"rebuild it with `{_INSTALL}`"
+        )
+
+
+def _register_fakes() -> None:
+    for name in RAW_OPS:
+        torch.library.register_fake(f"resfast::{name}", lambda *args, **kwargs: None)
+
+
+_C, _error = _load()
+if _C is not None:
+    _register_fakes()
+_warned = False
+
+
+def is_available() -> bool:
+    return _C is not None
+
+
+def load_error() -> str | None:
+    """Why the library is not available, with what to do about it; None where it is."""
+    return _error
+
+
+def build_info() -> dict[str, Any]:
+    """What was compiled in; empty where the library is not available."""
+    return _C.build_info() if _C is not None else {}
+
+
+def cpu_isa() -> str | None:
+    """The instruction set the CPU kernels run with: avx512, avx2 or scalar."""
+    return _C.cpu_isa() if _C is not None else None
+
+
+def cuda_library() -> dict[str, Any]:
+    """Facts about the CUDA library, or under "reason" why there is none."""
+    path = Path(__file__).with_name("_C_cuda.so")
+    if not path.exists():
+        reason = build_info().get("cuda", {}).get("reason") or _error or "it is not installed"
+        return {"built": False, "reason": reason}
+    try:
+        read = ctypes.CDLL(str(path)).resfast_cuda_build_info
+    except (OSError, AttributeError) as error:
+        return {"built": False, "reason": f"{path.name} does not load: {error}"}
+    read.restype = ctypes.c_char_p
+    return {"built": True, **json.loads(read())}
+
+
+def warn_if_unavailable() -> None:
+    """Warns once per process where the library is not available."""
+    global _warned
+    if _error is not None and not _warned:
+        _warned = True
+        warnings.warn(
+            f"resfast runs without its native kernels: {_error}", RuntimeWarning, stacklevel=2
+        )
