@@ -8,8 +8,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <numeric>
 #include <vector>
 
@@ -20,7 +22,7 @@
 namespace resfast {
 namespace {
 
-constexpr int64_t kTileBytes = 128 * 1024;    // of one operand: a second pass finds it in L2
+constexpr int64_t kTileBytes = 128 * 1024;  // of one operand
 constexpr int64_t kSmallTileBytes = 32 * 1024;
 constexpr int64_t kTilesWanted = 64;          // smaller tiles rather than idle threads
 constexpr int64_t kStripBytes = 2048;
@@ -125,6 +127,22 @@ struct Plan {
   }
 };
 
+// Uninitialised memory on a cache line.
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t bytes) : data_(std::aligned_alloc(64, round_up(bytes, 64))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  char* get() const { return static_cast<char*>(data_.get()); }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> data_;
+};
+
 // A per-channel vector, repeated to the length of a folded row.
 class Channels {
  public:
@@ -132,7 +150,7 @@ class Channels {
       : acc_size_(plan.acc_size), data_(static_cast<const char*>(t.const_data_ptr())) {
     if (plan.fold == 1) return;
     const int64_t bytes = plan.channels * acc_size_;
-    repeated_.reset(new char[bytes * plan.fold]);
+    repeated_ = Buffer(bytes * plan.fold);
     for (int64_t i = 0; i < plan.fold; ++i) {
       std::memcpy(repeated_.get() + i * bytes, data_, bytes);
     }
@@ -148,7 +166,7 @@ class Channels {
 
   int64_t acc_size_ = 0;
   const char* data_ = nullptr;
-  std::unique_ptr<char[]> repeated_;
+  Buffer repeated_;
 };
 
 class Activation {
@@ -173,8 +191,8 @@ class Partials {
   Partials(const Segment& s, const Plan& plan, int64_t kinds)
       : channels_(s.channels),
         acc_size_(plan.acc_size),
-        plane_(s.row_tiles * s.channels * plan.acc_size),
-        data_(new char[plane_ * kinds]) {}
+        plane_(round_up(s.row_tiles * s.channels * plan.acc_size, 64)),
+        data_(plane_ * kinds) {}
 
   void* at(int64_t kind, int64_t tile, int64_t channel) const {
     return data_.get() + kind * plane_ + (tile * channels_ + channel) * acc_size_;
@@ -182,7 +200,7 @@ class Partials {
 
  private:
   int64_t channels_, acc_size_, plane_;
-  std::unique_ptr<char[]> data_;
+  Buffer data_;
 };
 
 // f(first channel, last channel), in parallel where the merge is long
@@ -198,17 +216,26 @@ void for_each_channel_range(const Plan& plan, const F& f) {
       });
 }
 
-void put(const Tensor& out, const Plan& plan, int64_t channel, double value) {
+void put(const Tensor& out, const Plan& plan, const std::vector<double>& values, int64_t begin,
+         int64_t end) {
   if (plan.acc_size == 8) {
-    static_cast<double*>(out.mutable_data_ptr())[channel] = value;
+    double* p = static_cast<double*>(out.mutable_data_ptr());
+    for (int64_t c = begin; c < end; ++c) p[c] = values[c];
   } else {
-    static_cast<float*>(out.mutable_data_ptr())[channel] = static_cast<float>(value);
+    float* p = static_cast<float*>(out.mutable_data_ptr());
+    for (int64_t c = begin; c < end; ++c) p[c] = static_cast<float>(values[c]);
   }
 }
 
-double get(const Tensor& in, const Plan& plan, int64_t channel) {
-  return plan.acc_size == 8 ? static_cast<const double*>(in.const_data_ptr())[channel]
-                            : static_cast<const float*>(in.const_data_ptr())[channel];
+void scale_by(std::vector<double>& values, const Tensor& factor, const Plan& plan, int64_t begin,
+              int64_t end) {
+  if (plan.acc_size == 8) {
+    const double* p = static_cast<const double*>(factor.const_data_ptr());
+    for (int64_t c = begin; c < end; ++c) values[c] *= p[c];
+  } else {
+    const float* p = static_cast<const float*>(factor.const_data_ptr());
+    for (int64_t c = begin; c < end; ++c) values[c] *= p[c];
+  }
 }
 
 // ---- ops
@@ -260,10 +287,8 @@ void norm_stats(const Tensor& z, const Tensor& mean, const Tensor& m2) {
       plan.norm.merge_stats(plan.storage, m);
       count += static_cast<double>(s.rows * s.groups);
     }
-    for (int64_t c = begin; c < end; ++c) {
-      put(mean, plan, c, mean_total[c]);
-      put(m2, plan, c, m2_total[c]);
-    }
+    put(mean, plan, mean_total, begin, end);
+    put(m2, plan, m2_total, begin, end);
   });
 }
 
@@ -402,10 +427,9 @@ void norm_backward_reduce(const Tensor& dy, const Tensor& z, const Tensor& mean,
       m.total_product = total_product.data();
       plan.norm.merge_sums(plan.storage, m);
     }
-    for (int64_t c = begin; c < end; ++c) {
-      put(sum_du, plan, c, total_sum[c]);
-      put(sum_du_xhat, plan, c, total_product[c] * get(rstd, plan, c));
-    }
+    scale_by(total_product, rstd, plan, begin, end);
+    put(sum_du, plan, total_sum, begin, end);
+    put(sum_du_xhat, plan, total_product, begin, end);
   });
 }
 
