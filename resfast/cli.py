@@ -1,0 +1,234 @@
+"""The command line: `resfast train | predict | info | check`. Each command is one function."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from resfast.training.config import DTYPES, TrainConfig, UserError
+
+INTERRUPTED = 130
+
+EXAMPLES = {
+    "": """examples:
+  resfast train                          train on real handwritten digits, about a minute
+  resfast predict runs/NAME              classify the images it never saw
+  resfast info                           what is built and what runs here
+  resfast check                          compare numerics with stock PyTorch""",
+    "train": """examples:
+  resfast train
+  resfast train --optimizer sgd --lr 0.05 --l2 5e-4 --seed 1
+  resfast train --data photos/ --model resnet34 --dtype bfloat16 --flip
+  resfast train --resume runs/NAME --epochs 24
+Ctrl-C saves a checkpoint first. Exit status: 0 done, 1 failed, 2 bad options, 130 stopped.""",
+    "predict": """examples:
+  resfast predict runs/NAME
+  resfast predict runs/NAME seven.png --invert
+  resfast predict runs/NAME/best.pt --json""",
+    "info": "examples:\n  resfast info\n  resfast info --json",
+    "check": """examples:
+  resfast check --quick
+  resfast check --dtype bfloat16 --out report.json""",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, no abbreviated options, examples kept as written."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    warnings.formatwarning = _one_line_warning
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.run is None:
+        parser.print_help()
+        return 2
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        if arguments.debug:
+            raise
+        print(f"resfast {arguments.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except UserError as error:
+        if arguments.debug:
+            raise
+        print(f"resfast {arguments.command}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Exception as error:
+        if arguments.debug:
+            raise
+        kind = type(error).__name__
+        text = " ".join(str(error).split())
+        print(f"resfast {arguments.command}: {kind}: {text} (--debug shows where)", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> Parser:
+    import resfast
+
+    parser = Parser(
+        prog="resfast",
+        description="Fused Conv+BN+ReLU+residual for ResNets in PyTorch.",
+        epilog=EXAMPLES[""],
+    )
+    parser.add_argument("--version", action="version", version=f"resfast {resfast.__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    train = _command(commands, "train", "train a ResNet and compare its speed with eager", _train)
+    _add_training_options(train)
+
+    predict = _command(commands, "predict", "classify images with a trained checkpoint", _predict)
+    predict.add_argument("source", type=Path, metavar="RUN", help="run folder or checkpoint file")
+    predict.add_argument(
+        "images", type=Path, nargs="*", metavar="IMAGE", help="default: the held-out test images"
+    )
+    predict.add_argument("--data", help="where the run's data is now, if it has moved")
+    predict.add_argument("--device", default="auto", help="as in train (default: auto)")
+    predict.add_argument(
+        "--invert", action="store_true", help="dark ink on light paper (digits are light on dark)"
+    )
+    predict.add_argument("--show", type=_count, default=5, help="test images to list (default: 5)")
+    predict.add_argument("--json", action="store_true", help="machine-readable output")
+
+    info = _command(commands, "info", "what is built, what runs here, and why not", _info)
+    info.add_argument("--json", action="store_true", help="machine-readable output")
+
+    check = _command(commands, "check", "compare numerics with stock PyTorch in fp64", _check)
+    check.add_argument("--quick", action="store_true", help="fewer shapes and seeds")
+    check.add_argument(
+        "--dtype",
+        action="append",
+        choices=DTYPES,
+        help="precision to check, may be repeated (default: all)",
+    )
+    check.add_argument("--out", type=Path, help="also write the report here, as JSON")
+    return parser
+
+
+def _command(commands: Any, name: str, text: str, run: Any) -> Parser:
+    parser: Parser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EXAMPLES[name]
+    )
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="show the traceback of an error",
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_training_options(parser: Parser) -> None:
+    """One option per field of TrainConfig; only those given end up in the namespace."""
+    kinds = {"int": int, "float": float, "float | None": float, "str": str}
+    for option in dataclasses.fields(TrainConfig):
+        shown = option.metadata.get("shown", option.default)
+        flag = "--" + option.name.replace("_", "-")
+        text = option.metadata["help"].replace("%", "%%")
+        if option.type == "bool":
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+            )
+            continue
+        parser.add_argument(
+            flag,
+            type=kinds[str(option.type)],
+            default=argparse.SUPPRESS,
+            choices=option.metadata.get("choices"),
+            metavar=None if "choices" in option.metadata else option.name.upper(),
+            help=f"{text} (default: {shown})",
+        )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="run folder (default: runs/MODEL-DATA-TIME)"
+    )
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with this run folder")
+    parser.add_argument(
+        "--no-compare", action="store_true", help="skip the comparison with the unfused twin"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from resfast.training.config import OptionError
+    from resfast.training.run import train
+
+    if arguments.out is not None and arguments.resume is not None:
+        raise OptionError(
+            "--out and --resume exclude each other: a resumed run stays in its folder"
+        )
+    names = [option.name for option in dataclasses.fields(TrainConfig)]
+    return train(
+        {name: getattr(arguments, name) for name in names if hasattr(arguments, name)},
+        out=arguments.out,
+        resume=arguments.resume,
+        comparison=not arguments.no_compare,
+        quiet=arguments.quiet,
+    )
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from resfast.training.predict import predict
+
+    return predict(
+        arguments.source,
+        arguments.images,
+        data=arguments.data,
+        device=arguments.device,
+        invert=arguments.invert,
+        as_json=arguments.json,
+        show=arguments.show,
+    )
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from resfast.info import info
+
+    return info(as_json=arguments.json)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from resfast.diagnostics import numerics
+
+    status: int = numerics.main(
+        quick=arguments.quick, dtypes=arguments.dtype or list(DTYPES), out=arguments.out
+    )
+    return status
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
+def _one_line_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
+) -> str:
+    return f"resfast: warning: {' '.join(str(message).split())}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

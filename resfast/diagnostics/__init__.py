@@ -1,0 +1,1 @@
+"""Looking at what the project computes: numerics report, pictures of training."""

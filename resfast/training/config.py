@@ -1,0 +1,165 @@
+"""The options of `resfast train`: names, defaults, help texts and checks in one place.
+
+The command line is generated from the fields of `TrainConfig`, and a checkpoint stores
+`asdict(config)`, so an option is written down once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float16")
+OPTIMIZERS = ("adam", "sgd")
+DEFAULT_LR = {"adam": 1e-3, "sgd": 0.05}
+INSTALL_HINT = 'pip install "resfast[train]"'
+
+
+class UserError(Exception):
+    """Something the user can put right; the command line prints it in one line."""
+
+    exit_code = 1
+
+
+class OptionError(UserError):
+    """An option that cannot work."""
+
+    exit_code = 2
+
+
+def _option(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    model: str = _option("resnet18", "network; `resfast info` lists the names")
+    data: str = _option(
+        "digits",
+        "digits (scikit-learn's 1,797 real 8×8 images), synthetic, or a folder of images: "
+        "CLASS/*.jpg, or train/CLASS/*.jpg beside test/CLASS/*.jpg",
+    )
+    batch_size: int = _option(64, "images per step")
+    epochs: int = _option(12, "passes over the training images")
+    optimizer: str = _option("adam", "adam, or sgd (momentum 0.9, Nesterov)", choices=OPTIMIZERS)
+    lr: float | None = _option(
+        None,
+        "peak learning rate, after warm-up and before cosine decay",
+        shown="adam 1e-3, sgd 0.05",
+    )
+    l1: float = _option(0.0, "L1 penalty: adds l1·Σ|w| over convolution and linear weights")
+    l2: float = _option(0.0, "L2 penalty, as weight decay of convolution and linear weights")
+    dtype: str = _option(
+        "float32",
+        "precision of activations (autocast); float16 also scales the loss",
+        choices=DTYPES,
+    )
+    device: str = _option("auto", "cpu, cuda, cuda:N, or auto: cuda where there is one")
+    threads: int = _option(0, "CPU threads; 0 leaves PyTorch's choice")
+    seed: int = _option(0, "seeds the split, the weights, the order and the augmentation")
+    image_size: int = _option(
+        0, "side images are resized to; 0 means the data's own (synthetic: 32)"
+    )
+    shift: int = _option(
+        -1, "augmentation: random shift by up to this many pixels; -1 means an eighth of the side"
+    )
+    flip: bool = _option(False, "augmentation: mirror half of the images")
+
+    def validate(self) -> TrainConfig:
+        """Returns self; raises OptionError naming the option and the value it got."""
+        _at_least("--batch-size", self.batch_size, 2, "BatchNorm needs more than one image")
+        _at_least("--epochs", self.epochs, 1)
+        _at_least("--threads", self.threads, 0)
+        _at_least("--seed", self.seed, 0)
+        _at_least("--image-size", self.image_size, 0)
+        _at_least("--shift", self.shift, -1)
+        if self.seed >= 2**63:
+            raise OptionError(f"--seed must be below 2**63, got {self.seed}")
+        for name, value in (("--l1", self.l1), ("--l2", self.l2)):
+            if not (math.isfinite(value) and value >= 0):
+                raise OptionError(f"{name} must be a finite number of at least 0, got {value}")
+        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
+            raise OptionError(f"--lr must be a finite number above 0, got {self.lr}")
+        _one_of("--optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("--dtype", self.dtype, DTYPES)
+        _check_data(self.data)
+        check_device(self.device)
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """Fields this version does not know are dropped; fields it lacks take their default."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in values.items() if k in known})
+
+
+def defaults() -> dict[str, Any]:
+    return {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
+
+
+def check_model(name: str, known: list[str]) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise OptionError(f"--model {name!r} is not one of {', '.join(known)}{hint}")
+
+
+def check_device(name: str) -> None:
+    import torch
+
+    if name == "auto":
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cpu":
+        return
+    if device.type != "cuda":
+        raise OptionError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if not torch.cuda.is_available():
+        built = "no GPU is visible" if torch.version.cuda else "this PyTorch is built without CUDA"
+        raise OptionError(f"--device {name}: {built}; use --device cpu, or see `resfast info`")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise OptionError(f"--device {name}: only {torch.cuda.device_count()} GPU(s) are visible")
+
+
+def resolve_device(name: str) -> Any:
+    import torch
+
+    check_device(name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _check_data(name: str) -> None:
+    if name in ("digits", "synthetic"):
+        return
+    path = Path(name)
+    if not path.exists():
+        raise OptionError(f"--data {name!r} is neither digits, synthetic nor an existing folder")
+    if not path.is_dir():
+        raise OptionError(f"--data {name!r} is a file; give the folder that holds CLASS/*.jpg")
+
+
+def _at_least(option: str, value: int, low: int, why: str = "") -> None:
+    if value < low:
+        raise OptionError(
+            f"{option} must be at least {low}{f' ({why})' if why else ''}, got {value}"
+        )
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise OptionError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")

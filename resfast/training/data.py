@@ -1,0 +1,314 @@
+"""Image sets held in memory, their seeded splits, and an order whose position can be saved.
+
+Every random choice is a function of (seed, epoch, batch), so a run resumed in the middle of an
+epoch sees the batches an uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfast.training.config import INSTALL_HINT, OptionError, TrainConfig, UserError
+
+VALIDATION_SHARE = 0.1
+TEST_SHARE = 0.2
+MEMORY_LIMIT = 8 * 2**30
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
+_ORDER, _AUGMENT, _SPLIT, _SYNTHETIC = range(4)
+
+
+@dataclass
+class Images:
+    """`pixels`: uint8 or float32 in [0, 1], N×C×H×W; `labels`: int64, N."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Images:
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+    def select(self, indices: Tensor) -> Images:
+        return Images(self.pixels[indices], self.labels[indices])
+
+
+@dataclass
+class Dataset:
+    name: str
+    classes: list[str]
+    train: Images
+    validation: Images
+    test: Images
+    mean: list[float]
+    std: list[float]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        c, h, w = self.train.pixels.shape[1:]
+        return c, h, w
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        return normalise(pixels, self.mean, self.std)
+
+    def sizes(self) -> dict[str, int]:
+        return {k: len(getattr(self, k)) for k in ("train", "validation", "test")}
+
+    def fingerprint(self) -> str:
+        """Changes with any image, label or split: guards against testing on trained images."""
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for part in (self.train, self.validation, self.test):
+            for tensor in (part.pixels, part.labels):
+                digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+                digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+class SeededSampler:
+    """Shuffled batches of indices, the last incomplete one dropped; `epoch`, `batch` = position."""
+
+    def __init__(self, size: int, batch_size: int, seed: int) -> None:
+        if batch_size > size:
+            raise OptionError(f"--batch-size {batch_size} is more than the {size} training images")
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+        self.batch = 0
+        self._order: tuple[int, Tensor] | None = None
+
+    @property
+    def batches(self) -> int:
+        return self.size // self.batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The rest of the current epoch; `batch` counts what was handed out."""
+        while self.batch < self.batches:
+            start = self.batch * self.batch_size
+            self.batch += 1
+            yield self._permutation()[start : start + self.batch_size]
+
+    def next_epoch(self) -> None:
+        self.epoch += 1
+        self.batch = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "batch": self.batch, "size": self.size, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if (state["size"], state["seed"]) != (self.size, self.seed):
+            raise UserError("the checkpoint's data order is for another number of images or seed")
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+    def _permutation(self) -> Tensor:
+        if self._order is None or self._order[0] != self.epoch:
+            generator = seeded(self.seed, _ORDER, self.epoch)
+            self._order = (self.epoch, torch.randperm(self.size, generator=generator))
+        return self._order[1]
+
+
+class Augment:
+    """Random shift by up to `shift` pixels (black comes in) and, if asked, mirroring."""
+
+    def __init__(self, shift: int, flip: bool, seed: int) -> None:
+        self.shift = shift
+        self.flip = flip
+        self.seed = seed
+
+    def __call__(self, pixels: Tensor, epoch: int, batch: int) -> Tensor:
+        generator = seeded(self.seed, _AUGMENT, epoch, batch)
+        n, _, height, width = pixels.shape
+        device = pixels.device
+        if self.shift:
+            corner = torch.randint(0, 2 * self.shift + 1, (2, n, 1), generator=generator).to(device)
+            rows = corner[0] + torch.arange(height, device=device)
+            columns = corner[1] + torch.arange(width, device=device)
+            padded = torch.nn.functional.pad(pixels, (self.shift,) * 4)
+            image = torch.arange(n, device=device)[:, None, None]
+            pixels = padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        if self.flip:
+            mirrored = (torch.rand(n, generator=generator) < 0.5).to(device)
+            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
+        return pixels
+
+
+def seeded(*keys: int) -> torch.Generator:
+    digest = hashlib.sha256(repr(keys).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def normalise(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    """float32, zero mean and unit variance per channel over the training images, NHWC in memory."""
+    if pixels.dtype == torch.uint8:
+        pixels = pixels.float() / 255
+    shape = (1, -1, 1, 1)
+    centre = torch.tensor(mean, device=pixels.device).view(shape)
+    spread = torch.tensor(std, device=pixels.device).view(shape)
+    return ((pixels - centre) / spread).contiguous(memory_format=torch.channels_last)
+
+
+def load_dataset(config: TrainConfig) -> Dataset:
+    if config.data == "digits":
+        return _digits(config)
+    if config.data == "synthetic":
+        return _synthetic(config)
+    return _folder(config)
+
+
+def stratified_split(labels: Tensor, shares: list[float], seed: int) -> list[Tensor]:
+    """Disjoint index sets: one per share, then the rest; each class is divided by the shares."""
+    parts: list[list[Tensor]] = [[] for _ in range(len(shares) + 1)]
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=seeded(seed, _SPLIT, label))]
+        counts = [round(share * len(members)) for share in shares]
+        counts.append(len(members) - sum(counts))
+        for part, piece in zip(parts, members.split(counts), strict=True):
+            part.append(piece)
+    return [torch.cat(part).sort().values for part in parts]
+
+
+def read_image(path: Path, channels: int, size: tuple[int, int] | None) -> Tensor:
+    """uint8 C×H×W, resized to `size` (height, width) when that is given."""
+    image_module = _pillow()
+    try:
+        with image_module.open(path) as opened:
+            image = opened.convert("L" if channels == 1 else "RGB")
+    except FileNotFoundError:
+        raise UserError(f"no image at {path}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read image {path}: {error}") from None
+    if size is not None and (image.height, image.width) != size:
+        image = image.resize((size[1], size[0]), image_module.Resampling.BILINEAR)
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.view(image.height, image.width, channels).permute(2, 0, 1).contiguous()
+
+
+def _build(
+    name: str, classes: list[str], train: Images, validation: Images, test: Images
+) -> Dataset:
+    for what, part in (("training", train), ("validation", validation), ("test", test)):
+        if len(part) == 0:
+            raise UserError(f"--data {name}: no {what} images; there are too few images per class")
+    pixels = train.pixels
+    scale = 255 if pixels.dtype == torch.uint8 else 1
+    # Channel by channel, in float64: a float copy of the whole set would be four times its size.
+    moments = []
+    for channel in range(pixels.shape[1]):
+        plane = pixels[:, channel].double()
+        moments.append((plane.mean().item() / scale, max(plane.std().item() / scale, 1e-3)))
+    mean, std = ([m[i] for m in moments] for i in (0, 1))
+    return Dataset(name, classes, train, validation, test, mean, std)
+
+
+def _split_all(name: str, classes: list[str], images: Images, seed: int) -> Dataset:
+    test, validation, train = stratified_split(images.labels, [TEST_SHARE, VALIDATION_SHARE], seed)
+    return _build(
+        name, classes, images.select(train), images.select(validation), images.select(test)
+    )
+
+
+def _digits(config: TrainConfig) -> Dataset:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError(f"--data digits needs scikit-learn: {INSTALL_HINT}") from None
+    raw = load_digits()
+    pixels = torch.from_numpy(raw.images).float()[:, None] / 16
+    if config.image_size not in (0, 8):
+        side = (config.image_size, config.image_size)
+        pixels = torch.nn.functional.interpolate(pixels, side, mode="bilinear").contiguous()
+    images = Images(pixels, torch.from_numpy(raw.target).long())
+    return _split_all("digits", [str(name) for name in raw.target_names], images, config.seed)
+
+
+def _synthetic(config: TrainConfig, classes: int = 10, count: int = 2000) -> Dataset:
+    """A smooth random pattern per class, at random strength, under noise: easy but not trivial."""
+    side = config.image_size or 32
+    generator = seeded(config.seed, _SYNTHETIC)
+    coarse = torch.rand(classes, 3, 4, 4, generator=generator)
+    patterns = torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear")
+    labels = torch.arange(count) % classes
+    strength = 0.25 + 0.5 * torch.rand(count, 1, 1, 1, generator=generator)
+    noise = 0.2 * torch.randn(count, 3, side, side, generator=generator)
+    pixels = (strength * patterns[labels] + 0.25 + noise).clamp(0, 1)
+    images = Images(pixels, labels)
+    return _split_all("synthetic", [f"pattern {i}" for i in range(classes)], images, config.seed)
+
+
+def _folder(config: TrainConfig) -> Dataset:
+    root = Path(config.data)
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        train, classes = _read_tree(root / "train", config.image_size, None)
+        shape = train.pixels.shape[2:]
+        test, test_classes = _read_tree(root / "test", config.image_size, (shape[0], shape[1]))
+        if test_classes != classes:
+            odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
+            raise UserError(f"{root}: train and test hold different classes ({odd})")
+        held, rest = stratified_split(train.labels, [VALIDATION_SHARE], config.seed)
+        return _build(str(root), classes, train.select(rest), train.select(held), test)
+    images, classes = _read_tree(root, config.image_size, None)
+    return _split_all(str(root), classes, images, config.seed)
+
+
+def _read_tree(
+    root: Path, image_size: int, size: tuple[int, int] | None
+) -> tuple[Images, list[str]]:
+    folder = _image_folder(root)
+    paths = [Path(path) for path, _ in folder.samples]
+    if image_size:
+        size = (image_size, image_size)
+    elif size is None:
+        first = read_image(paths[0], 3, None)
+        size = (first.shape[1], first.shape[2])
+    needed = len(paths) * 3 * size[0] * size[1]
+    if needed > MEMORY_LIMIT:
+        raise UserError(
+            f"{root}: {len(paths):,} images of {size[0]}×{size[1]} need {needed / 2**30:.1f} GiB "
+            f"of memory, the limit is {MEMORY_LIMIT / 2**30:.0f}; choose a smaller --image-size"
+        )
+    pixels = torch.empty(len(paths), 3, *size, dtype=torch.uint8)
+
+    def read(index: int) -> None:
+        pixels[index] = read_image(paths[index], 3, size)
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(read, range(len(paths))):
+            pass
+    labels = torch.tensor([label for _, label in folder.samples])
+    return Images(pixels, labels), folder.classes
+
+
+def _image_folder(root: Path) -> Any:
+    try:
+        from torchvision.datasets import ImageFolder
+    except Exception as error:  # a torchvision built for another torch fails with RuntimeError
+        raise UserError(
+            f"--data {root} reads images through torchvision, which cannot be imported "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); pip install torchvision"
+        ) from None
+    suffixes: Callable[[str], bool] = lambda path: path.lower().endswith(IMAGE_SUFFIXES)  # noqa: E731
+    try:
+        folder = ImageFolder(str(root), is_valid_file=suffixes)
+    except FileNotFoundError as error:
+        raise UserError(f"--data {root}: {str(error).splitlines()[0]}") from None
+    if len(folder.classes) < 2:
+        raise UserError(f"--data {root}: one class only ({folder.classes[0]}); need CLASS/*.jpg")
+    return folder
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise UserError("reading images needs Pillow: pip install pillow") from None
+    return Image

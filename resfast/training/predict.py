@@ -1,0 +1,146 @@
+"""`resfast predict`: a trained checkpoint on its held-out images or on given ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resfast.training.checkpoint import BEST, CheckpointError, CheckpointFolder, load
+from resfast.training.config import OptionError, TrainConfig, UserError, resolve_device
+from resfast.training.data import Dataset, load_dataset, normalise, read_image
+from resfast.training.loop import evaluate, place
+from resfast.training.report import binomial_interval, table
+
+
+def predict(
+    source: Path,
+    images: list[Path],
+    *,
+    data: str | None = None,
+    device: str = "auto",
+    invert: bool = False,
+    as_json: bool = False,
+    show: int = 5,
+) -> int:
+    """`source` is a run folder (its best checkpoint) or a checkpoint. Returns the exit status."""
+    state, path = find_checkpoint(source)
+    where = resolve_device(device)
+    model = place(restore_model(state, path), where).eval()
+    if images:
+        result = _given_images(model, state, images, where, invert)
+    else:
+        result = _held_out(model, state, data, where, show)
+    result = {"checkpoint": str(path), "step": state["step"]} | result
+    print(json.dumps(result, indent=2) if as_json else _text(result))
+    return 0
+
+
+def find_checkpoint(source: Path) -> tuple[dict[str, Any], Path]:
+    """The best checkpoint of a folder, else its newest sound one; or the file itself."""
+    if not source.exists():
+        raise OptionError(f"{source}: no such run folder or checkpoint")
+    if not source.is_dir():
+        return load(source), source
+    try:
+        return load(source / BEST), source / BEST
+    except CheckpointError as error:
+        state, path = CheckpointFolder(source).load_latest()
+        if (source / BEST).exists():
+            import warnings
+
+            warnings.warn(f"{error}; using {path.name} instead", stacklevel=2)
+        return state, path
+
+
+def restore_model(state: dict[str, Any], path: Path) -> nn.Module:
+    from resfast.training.run import create_for
+
+    try:
+        config = TrainConfig.from_dict(state["config"])
+        model = create_for(config.model, state["image_shape"], len(state["classes"]))
+        model.load_state_dict(state["model"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} does not hold a model of this version: {reason}") from error
+    return model
+
+
+def _held_out(
+    model: nn.Module, state: dict[str, Any], source: str | None, device: torch.device, show: int
+) -> dict[str, Any]:
+    config = TrainConfig.from_dict(state["config"])
+    if source is not None:
+        config = dataclasses.replace(config, data=source)
+    dataset: Dataset = load_dataset(dataclasses.replace(config, device="cpu").validate())
+    if dataset.fingerprint() != state["fingerprint"]:
+        raise UserError(
+            f"--data {config.data} is not what this checkpoint was trained on (images, labels or "
+            "split differ), so its test images may have been trained on"
+        )
+
+    def prepare(pixels: Tensor) -> Tensor:
+        return normalise(pixels, state["mean"], state["std"])
+
+    score = evaluate(model, dataset.test.to(device), prepare)
+    chosen = dataset.test.select(torch.arange(min(show, len(dataset.test))))
+    rows = _classify(model, prepare(chosen.pixels.to(device)), state["classes"])
+    for row, label in zip(rows, chosen.labels.tolist(), strict=True):
+        row["actual"] = dataset.classes[label]
+    low, high = binomial_interval(score.correct, score.images)
+    return {
+        "data": dataset.name,
+        "accuracy": score.accuracy,
+        "correct": score.correct,
+        "images": score.images,
+        "interval_95": [low, high],
+        "predictions": rows,
+    }
+
+
+def _given_images(
+    model: nn.Module, state: dict[str, Any], paths: list[Path], device: torch.device, invert: bool
+) -> dict[str, Any]:
+    channels, height, width = state["image_shape"]
+    rows = []
+    for path in paths:
+        pixels = read_image(path, channels, (height, width))[None]
+        if invert:
+            pixels = 255 - pixels
+        inputs = normalise(pixels.to(device), state["mean"], state["std"])
+        rows += [{"image": str(path)} | row for row in _classify(model, inputs, state["classes"])]
+    return {"predictions": rows}
+
+
+def _classify(model: nn.Module, inputs: Tensor, classes: list[str]) -> list[dict[str, Any]]:
+    with torch.no_grad():
+        probability, index = model(inputs).float().softmax(1).max(1)
+    return [
+        {"predicted": classes[i], "probability": p}
+        for i, p in zip(index.tolist(), probability.tolist(), strict=True)
+    ]
+
+
+def _text(result: dict[str, Any]) -> str:
+    rows = [("checkpoint", f"{result['checkpoint']} (step {result['step']:,})")]
+    if "accuracy" in result:
+        low, high = result["interval_95"]
+        rows.append(
+            (
+                "accuracy",
+                f"{result['accuracy']:.2%} of {result['images']:,} held-out images of "
+                f"{result['data']} ({result['correct']:,} right; "
+                f"95 % interval {low:.1%}–{high:.1%})",
+            )
+        )
+    for number, row in enumerate(result["predictions"]):
+        name = row.get("image", f"test image {number}")
+        text = f"{row['predicted']} ({row['probability']:.1%})"
+        if "actual" in row:
+            text += "" if row["actual"] == row["predicted"] else f", wrong: is {row['actual']}"
+        rows.append((name, text))
+    return table(rows)
