@@ -25,6 +25,7 @@ from resfast.nn.fuse import (
     norm_params,
     norm_reason,
     plain_reason,
+    read,
     run_bn_act,
     run_conv_bn_act,
     unfused_reason,
@@ -180,12 +181,13 @@ class ResidualBlock(Fusible):
     def _forward(self, x: Tensor) -> Tensor:
         if isinstance(x, fx.Proxy) or self._block_reason() is not None:
             return self._forward_layers(x)
-        pairs = [(getattr(self, c), getattr(self, b)) for c, b in self.layer_names]
-        convs = [conv_params(conv) for conv, _ in pairs]
-        norms = [norm_params(bn) for _, bn in pairs]
-        if self.downsample is None:
+        children = self._modules
+        convs = [conv_params(children[conv]) for conv, _ in self.layer_names]
+        norms = [norm_params(children[bn]) for _, bn in self.layer_names]
+        shortcut = self.downsample
+        if shortcut is None:
             return residual_block(x, convs, norms, memory_efficient=self.memory_efficient)
-        pool, conv, bn = _split_shortcut(self.downsample)
+        pool, conv, bn = _split_shortcut(shortcut)
         return residual_block(
             x,
             convs,
@@ -234,6 +236,8 @@ class ResidualBlock(Fusible):
 
     def _block_reason(self) -> str | None:
         """Why the whole block is not one op in this very state, or None."""
+        # On every call's path: children by dict, nn.Module's attribute lookup is slow.
+        children = self._modules
         if not self.fused:
             return _off(self)
         if self.se is not None:
@@ -242,15 +246,16 @@ class ResidualBlock(Fusible):
             return "anti-aliasing inside the block"
         if self._drops():
             return "drop_path before the addition"
-        reason = plain_reason(self.relu, nn.ReLU)
+        reason = plain_reason(children["relu"], nn.ReLU)
         for conv, bn in self.layer_names:
             if reason is not None:
                 return reason
-            reason = _block_layer_reason(getattr(self, conv), getattr(self, bn))
-        if reason is None and self.downsample is not None:
-            reason = _shortcut_reason(self.downsample)
+            reason = _block_layer_reason(children[conv], children[bn])
+        shortcut = self.downsample
+        if reason is None and shortcut is not None:
+            reason = _shortcut_reason(shortcut)
             if reason is None:
-                _, conv, bn = _split_shortcut(self.downsample)
+                _, conv, bn = _split_shortcut(shortcut)
                 reason = _block_layer_reason(conv, bn)
         return reason
 
@@ -278,11 +283,11 @@ def _block_layer_reason(conv: nn.Module, bn: nn.Module) -> str | None:
     reason = conv_reason(conv) or norm_reason(bn)
     if reason is not None:
         return reason
-    if conv.bias is not None:
+    if read(conv, conv._parameters, "bias") is not None:
         return "a convolution with bias"
-    if bn.weight is None or bn.bias is None:
+    if read(bn, bn._parameters, "weight") is None or read(bn, bn._parameters, "bias") is None:
         return "a norm without affine parameters"
-    if bn.running_mean is None or bn.running_var is None or not bn.track_running_stats:
+    if not bn.track_running_stats or read(bn, bn._buffers, "running_mean") is None:
         return "a norm without running statistics"
     return None
 
@@ -290,13 +295,13 @@ def _block_layer_reason(conv: nn.Module, bn: nn.Module) -> str | None:
 def _shortcut_reason(downsample: nn.Module) -> str | None:
     """Why a shortcut is not ``[pool,] conv, bn`` in a plain Sequential, or None."""
     reason = plain_reason(downsample, nn.Sequential)
-    if reason is None and len(downsample) not in (2, 3):
+    if reason is None and len(downsample._modules) not in (2, 3):
         reason = f"a shortcut of {len(downsample)} layers"
     return reason
 
 
 def _split_shortcut(downsample: nn.Sequential) -> tuple[nn.Module | None, nn.Module, nn.Module]:
-    layers = list(downsample)
+    layers = list(downsample._modules.values())
     pool = layers[0] if len(layers) == 3 else None
     if type(pool) is nn.Identity and _hook_reason(pool) is None:
         pool = None

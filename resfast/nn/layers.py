@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 
 class SqueezeExcite(nn.Module):
@@ -45,8 +45,9 @@ class BlurPool2d(nn.Module):
         self.register_buffer("filter", kernel.repeat(channels, 1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Reflection needs a neighbour; a single row or column repeats itself.
-        mode = "reflect" if x.shape[2] > 1 and x.shape[3] > 1 else "replicate"
+        mode = "reflect"
+        if not isinstance(x, fx.Proxy) and min(x.shape[2:]) == 1:
+            mode = "replicate"  # nothing to reflect
         x = F.pad(x, (1, 1, 1, 1), mode=mode)
         return F.conv2d(x, self.filter.to(x.dtype), stride=self.stride, groups=self.channels)
 
