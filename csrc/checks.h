@@ -89,8 +89,8 @@ inline void check_activation_like(const OptionalTensor& t, const char* name, con
 // A per-channel vector in the accumulation type of `activation`.
 inline void check_channel_vector(const Tensor& t, const char* name, const Tensor& activation) {
   check_cpu(t, name);
-  const ScalarType acc = activation.scalar_type() == ScalarType::Double ? ScalarType::Double
-                                                                        : ScalarType::Float;
+  const ScalarType acc =
+      activation.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const int64_t channels = activation.size(1);
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels, name, " must have shape [", channels,
                   "], one value per channel, got ", shape_of(t));

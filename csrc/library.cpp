@@ -15,4 +15,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
   m.def(
       "norm_backward_apply(Tensor dy, Tensor z, Tensor mean, Tensor scale, Tensor? beta, "
       "Tensor? y, bool relu, Tensor? coef_z, Tensor? coef_1, Tensor(a!) dz, Tensor(b!)? du) -> ()");
+  m.def(
+      "norm_apply_max_pool(Tensor z, Tensor mean, Tensor scale, Tensor beta, int kernel, "
+      "int stride, int padding, Tensor(a!) out, Tensor(b!)? index) -> ()");
+  m.def(
+      "norm_max_pool_backward_reduce(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor scale, "
+      "Tensor beta, Tensor index, int kernel, int stride, int padding, Tensor(a!) sum_du, "
+      "Tensor(b!) sum_du_xhat) -> ()");
+  m.def(
+      "norm_max_pool_backward_apply(Tensor dy, Tensor z, Tensor mean, Tensor scale, Tensor beta, "
+      "Tensor index, int kernel, int stride, int padding, Tensor? coef_z, Tensor? coef_1, "
+      "Tensor(a!) dz) -> ()");
 }

@@ -22,6 +22,9 @@ RAW_OPS = (
     "norm_apply",
     "norm_backward_reduce",
     "norm_backward_apply",
+    "norm_apply_max_pool",
+    "norm_max_pool_backward_reduce",
+    "norm_max_pool_backward_apply",
 )
 
 _INSTALL = "pip install -e ."

@@ -415,6 +415,133 @@ def test_recomputed_mask_is_the_forward_pass_mask(isa):
     assert torch.equal(du != 0, out > 0)
 
 
+# ---- max-pool
+
+POOLS = [  # shape, kernel, stride, padding
+    ((2, 64, 12, 15), 3, 2, 1),
+    ((1, 3, 7, 5), 3, 2, 1),
+    ((2, 17, 6, 6), 2, 2, 0),
+    ((1, 5, 1, 1), 3, 2, 1),
+    ((1, 20, 9, 9), 3, 1, 1),
+    ((2, 9, 4, 4), 1, 1, 0),
+    ((1, 33, 17, 13), 5, 3, 2),
+    ((1, 6, 11, 12), 2, 5, 1),
+    ((0, 6, 11, 12), 3, 2, 1),
+]
+
+
+def pool_outputs(x: Inputs, pool) -> tuple[torch.Tensor, torch.Tensor]:
+    (n, c, h, w), kernel, stride, padding = x.shape, *pool
+    p, q = ((size + 2 * padding - kernel) // stride + 1 for size in (h, w))
+    out = nhwc(torch.full((n, c, p, q), float("nan"), dtype=x.dtype))
+    return out, torch.full_like(out, 255, dtype=torch.uint8)
+
+
+def flat_index(index: torch.Tensor, shape, pool) -> torch.Tensor:
+    """The window's own index as torch's: a position in the input plane."""
+    kernel, stride, padding = pool
+    p, q = (torch.arange(n) * stride - padding for n in index.shape[2:])
+    rows = index.long() // kernel + p.view(-1, 1)
+    columns = index.long() % kernel + q
+    assert ((rows >= 0) & (rows < shape[2]) & (columns >= 0) & (columns < shape[3])).all()
+    return rows * shape[3] + columns
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "kernel", "stride", "padding"), POOLS, ids=str)
+def test_apply_max_pool(isa, shape, kernel, stride, padding, dtype):
+    x, pool = Inputs(shape, dtype), (kernel, stride, padding)
+    z, mean, scale, beta = x.activation(), x.vector(), x.vector(), x.vector(0, 1)
+    out, index = pool_outputs(x, pool)
+    ops.norm_apply_max_pool(z, mean, scale, beta, *pool, out, index)
+    without_index, _ = pool_outputs(x, pool)
+    ops.norm_apply_max_pool(z, mean, scale, beta, *pool, without_index, None)
+    assert torch.equal(out, without_index)
+    if shape[0] == 0:
+        return
+    y, magnitude = apply_reference(z, mean, scale, beta, None, None, True, False)
+    reference = torch.nn.functional.max_pool2d(y, *pool)
+    largest = torch.nn.functional.max_pool2d(magnitude, *pool)
+    assert_elementwise(out, reference, largest)
+    picked = y.flatten(2).gather(2, flat_index(index, shape, pool).flatten(2)).view_as(reference)
+    assert_within(picked, reference, 6 * unit(acc(dtype)) * largest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "kernel", "stride", "padding"), POOLS[:-1], ids=str)
+def test_max_pool_index_follows_the_rule_of_torch(isa, shape, kernel, stride, padding, dtype):
+    """Small integers: many ties, no rounding. The first maximum wins, NaN over all."""
+    x, pool = Inputs(shape, dtype), (kernel, stride, padding)
+    z = nhwc((x.activation().double() * 2).round().to(dtype))
+    for nan_share in (0.0, 0.05):
+        z[torch.rand(shape, generator=x.generator) < nan_share] = float("nan")
+        mean = torch.ones(shape[1], dtype=acc(dtype))
+        scale = torch.full_like(mean, -0.5)
+        scale[::2] = 2
+        out, index = pool_outputs(x, pool)
+        ops.norm_apply_max_pool(z, mean, scale, mean, *pool, out, index)
+        y = ((z.double() - 1) * wide(scale) + 1).relu()
+        reference, position = torch.nn.functional.max_pool2d(y, *pool, return_indices=True)
+        torch.testing.assert_close(out.double(), reference, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(flat_index(index, shape, pool), position)
+
+
+def pooled_du(dy, z, mean, scale, beta, index, shape, pool):
+    """du of the pool's input, the sum of its terms' magnitudes, and where its sign is unsure."""
+    at = flat_index(index, shape, pool).flatten(2)
+    du, magnitude = torch.zeros(2, *shape, dtype=torch.float64)
+    du.flatten(2).scatter_add_(2, at, dy.double().flatten(2))
+    magnitude.flatten(2).scatter_add_(2, at, dy.double().abs().flatten(2))
+    masked, unsure = backward_reference(du, z, mean, scale, beta, None, True)
+    return masked, torch.where((masked == 0) & ~unsure, 0.0, magnitude), unsure
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "kernel", "stride", "padding"), POOLS, ids=str)
+def test_max_pool_backward(isa, shape, kernel, stride, padding, dtype):
+    x, pool = Inputs(shape, dtype), (kernel, stride, padding)
+    z, mean, scale, beta = x.activation(), x.vector(), x.vector(), x.vector(0, 1)
+    rstd, coef_z, coef_1 = x.vector(0.5, 2), x.vector(), x.vector()
+    out, index = pool_outputs(x, pool)
+    ops.norm_apply_max_pool(z, mean, scale, beta, *pool, out, index)
+    dy = nhwc(torch.randn(out.shape, generator=x.generator).to(dtype))
+    du, terms, unsure = pooled_du(dy, z, mean, scale, beta, index, shape, pool)
+    u = unit(acc(dtype))
+    slack = torch.where(unsure, terms, 0.0)
+
+    sum_du, sum_du_xhat = x.out_vector(), x.out_vector()
+    vectors = (mean, rstd, scale, beta)
+    ops.norm_max_pool_backward_reduce(dy, z, *vectors, index, *pool, sum_du, sum_du_xhat)
+    xhat = (z.double() - wide(mean)) * wide(rstd)
+    # One rounding a window of a tile, which holds fewer than 140 of them here.
+    bound = SUM_ROUNDINGS * u * sum_channels(terms) + sum_channels(slack)
+    assert_within(sum_du, sum_channels(du), bound)
+    bound = SUM_ROUNDINGS * u * sum_channels(terms * xhat.abs()) + sum_channels(slack * xhat.abs())
+    assert_within(sum_du_xhat, sum_channels(du * xhat), bound)
+
+    for coefs in ((None, None), (coef_z, None), (None, coef_1), (coef_z, coef_1)):
+        dz = x.out()
+        ops.norm_max_pool_backward_apply(dy, z, mean, scale, beta, index, *pool, *coefs, dz)
+        reference = wide(scale) * du
+        magnitude = (wide(scale) * terms).abs()
+        if coefs[0] is not None:
+            term = wide(coef_z) * (z.double() - wide(mean))
+            reference, magnitude = reference + term, magnitude + term.abs()
+        if coefs[1] is not None:
+            reference, magnitude = reference + wide(coef_1), magnitude + wide(coef_1).abs()
+        unsure_by = (wide(scale) * slack).abs()
+        rounding = 1.01 * unit(dtype) * (reference.abs() + unsure_by)
+        rounding += torch.finfo(dtype).smallest_normal * unit(dtype)
+        # A pixel's du is a sum over at most kernel² windows.
+        bound = (6 + kernel**2) * u * magnitude + rounding + unsure_by
+        assert_within(dz, reference, bound)
+    in_place = z.clone(memory_format=torch.preserve_format)
+    ops.norm_max_pool_backward_apply(
+        dy, in_place, mean, scale, beta, index, *pool, coef_z, coef_1, in_place
+    )
+    assert torch.equal(in_place, dz)
+
+
 # ---- all ops
 
 
@@ -434,6 +561,18 @@ def all_results(shape, dtype, seed=0):
     )
     ops.norm_backward_apply(
         *(dy, z, mean, scale, beta, None, True, x.vector(), x.vector(), out["dz"], out["du"])
+    )
+    pool = (3, 2, 1)
+    out["pooled"], out["index"] = pool_outputs(x, pool)
+    ops.norm_apply_max_pool(z, mean, scale, beta, *pool, out["pooled"], out["index"])
+    out |= {"pool_sum": x.out_vector(), "pool_sum_xhat": x.out_vector(), "pool_dz": x.out()}
+    ops.norm_max_pool_backward_reduce(
+        *(out["pooled"], z, mean, scale.abs() + 0.5, scale, beta, out["index"], *pool),
+        *(out["pool_sum"], out["pool_sum_xhat"]),
+    )
+    ops.norm_max_pool_backward_apply(
+        *(out["pooled"], z, mean, scale, beta, out["index"], *pool),
+        *(x.vector(), x.vector(), out["pool_dz"]),
     )
     return out
 
@@ -473,6 +612,8 @@ SHAPE = (2, 6, 4, 5)
 def good_arguments(op: str) -> dict[str, object]:
     x = Inputs(SHAPE, torch.float32)
     a, v = x.activation, x.vector
+    pool = {"kernel": 3, "stride": 2, "padding": 1}
+    pooled, index = pool_outputs(x, pool.values())
     return {
         "norm_stats": lambda: {"z": a(), "mean": x.out_vector(), "m2": x.out_vector()},
         "norm_apply": lambda: {
@@ -489,6 +630,19 @@ def good_arguments(op: str) -> dict[str, object]:
             **{"dy": a(), "z": a(), "mean": v(), "scale": v(), "beta": v(), "y": a()},
             **{"relu": True, "coef_z": v(), "coef_1": v(), "dz": x.out(), "du": x.out()},
         },
+        "norm_apply_max_pool": lambda: {
+            **{"z": a(), "mean": v(), "scale": v(), "beta": v(), **pool},
+            **{"out": pooled, "index": index},
+        },
+        "norm_max_pool_backward_reduce": lambda: {
+            **{"dy": torch.rand_like(pooled), "z": a(), "mean": v(), "rstd": v(), "scale": v()},
+            **{"beta": v(), "index": index.zero_(), **pool},
+            **{"sum_du": x.out_vector(), "sum_du_xhat": x.out_vector()},
+        },
+        "norm_max_pool_backward_apply": lambda: {
+            **{"dy": torch.rand_like(pooled), "z": a(), "mean": v(), "scale": v(), "beta": v()},
+            **{"index": index.zero_(), **pool, "coef_z": v(), "coef_1": v(), "dz": x.out()},
+        },
     }[op]()
 
 
@@ -497,6 +651,9 @@ OUTPUTS = {
     "norm_apply": ("out",),
     "norm_backward_reduce": ("sum_du", "sum_du_xhat", "activation"),
     "norm_backward_apply": ("dz", "du"),
+    "norm_apply_max_pool": ("out", "index"),
+    "norm_max_pool_backward_reduce": ("sum_du", "sum_du_xhat"),
+    "norm_max_pool_backward_apply": ("dz",),
 }
 
 
@@ -525,9 +682,9 @@ def test_bad_tensor_is_rejected_before_any_write(op, name):
         bad = {
             "rank": good[0],
             "channels": nhwc(good[:, :5]),
-            "height": nhwc(good[:, :, :3]),
-            "layout": torch.randn(SHAPE),
-            "sliced": nhwc(torch.randn(2, 6, 4, 6))[..., :5],
+            "height": nhwc(good[:, :, :1]),
+            "layout": good.clone(memory_format=torch.contiguous_format),
+            "sliced": nhwc(torch.cat([good, good], 3))[..., : good.shape[3]],
             "dtype": good.to(torch.bfloat16),
             "integer": good.nan_to_num().to(torch.int32),
         }
@@ -543,9 +700,11 @@ def test_bad_tensor_is_rejected_before_any_write(op, name):
         del bad["height"], bad["dtype"]
     for value in bad.values():
         arguments = good_arguments(op) | {name: value}
-        # The first activation sets what the others must be like.
-        others = "z|dy|mean" if name == "z" else name
-        assert_rejected(op, arguments, rf"\b({others}) must ")
+        # z sets what the others must be like, and they are named as not like z.
+        match = (
+            r"\bz must | of z |\b(mean|out|dy|index) must " if name == "z" else rf"\b{name} must "
+        )
+        assert_rejected(op, arguments, match)
 
 
 def test_message_names_argument_shape_and_dtype():
@@ -565,6 +724,14 @@ def test_message_names_argument_shape_and_dtype():
         ("norm_backward_reduce", {"y": None, "beta": None}, "relu needs y"),
         ("norm_backward_reduce", {"scale": None}, "activation needs scale and beta"),
         ("norm_backward_apply", {"y": None, "beta": None}, "relu needs y"),
+        ("norm_apply_max_pool", {"kernel": 0}, "kernel must be 1 to 16, got 0"),
+        ("norm_apply_max_pool", {"kernel": 17, "padding": 8}, "kernel must be 1 to 16, got 17"),
+        ("norm_apply_max_pool", {"stride": 0}, "stride must be at least 1, got 0"),
+        ("norm_apply_max_pool", {"padding": -1}, "padding must be 0 to half the kernel size"),
+        ("norm_apply_max_pool", {"padding": 2}, "padding must be 0 to half the kernel size"),
+        ("norm_apply_max_pool", {"kernel": 7, "padding": 0}, "kernel 7 .* is larger than z"),
+        ("norm_max_pool_backward_reduce", {"stride": 1}, "dy must have the pooled shape"),
+        ("norm_max_pool_backward_apply", {"stride": 3}, "dy must have the pooled shape"),
     ],
 )
 def test_bad_combination_is_rejected(op, changes, match):
@@ -581,6 +748,8 @@ def test_bad_combination_is_rejected(op, changes, match):
         ("norm_backward_reduce", "sum_du", "mean"),
         ("norm_backward_apply", "dz", "du"),
         ("norm_backward_apply", "dz", "dy"),
+        ("norm_max_pool_backward_reduce", "sum_du_xhat", "rstd"),
+        ("norm_max_pool_backward_apply", "dz", "z"),
     ],
 )
 def test_overlapping_memory_is_rejected(op, output, other):

@@ -33,7 +33,9 @@ bool cpu_has([[maybe_unused]] Isa isa) {
   return isa == Isa::scalar;
 }
 
-bool available(Isa isa) { return compiled_in(isa) && cpu_has(isa); }
+bool available(Isa isa) {
+  return compiled_in(isa) && cpu_has(isa);
+}
 
 Isa parse(const std::string& name, const std::string& origin) {
   for (Isa isa : kAll) {

@@ -8,15 +8,12 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <numeric>
 #include <vector>
 
 #include "checks.h"
-#include "cpu/isa.h"
+#include "cpu/norm_common.h"
 #include "cpu/norm_kernels.h"
 
 namespace resfast {
@@ -24,41 +21,9 @@ namespace {
 
 constexpr int64_t kTileBytes = 128 * 1024;  // of one operand
 constexpr int64_t kSmallTileBytes = 32 * 1024;
-constexpr int64_t kTilesWanted = 64;          // smaller tiles rather than idle threads
+constexpr int64_t kTilesWanted = 64;  // smaller tiles rather than idle threads
 constexpr int64_t kStripBytes = 2048;
 constexpr int64_t kMaxFoldedChannels = 2048;
-constexpr int64_t kMergeGrain = 1 << 16;
-
-const NormKernels& kernels() {
-  switch (cpu_isa()) {
-#if defined(RESFAST_HAS_AVX512)
-    case Isa::avx512:
-      return norm_kernels_avx512;
-#endif
-#if defined(RESFAST_HAS_AVX2)
-    case Isa::avx2:
-      return norm_kernels_avx2;
-#endif
-    default:
-      return norm_kernels_scalar;
-  }
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-Storage storage_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::BFloat16:
-      return Storage::bf16;
-    case ScalarType::Half:
-      return Storage::f16;
-    case ScalarType::Double:
-      return Storage::f64;
-    default:
-      return Storage::f32;
-  }
-}
 
 // Consecutive rows of an activation, seen as `rows` rows of `groups` runs of its channels each,
 // and the grid of tiles over them.
@@ -114,7 +79,7 @@ struct Plan {
         element_size(static_cast<int64_t>(z.element_size())),
         acc_size(element_size == 8 ? 8 : 4),
         storage(storage_of(z)),
-        norm(kernels()) {
+        norm(norm_kernels()) {
     if (rows == 0 || channels == 0) return;
     const int64_t lanes = norm.vector_bytes / acc_size;
     int64_t wanted = lanes / std::gcd(channels, lanes);
@@ -125,22 +90,13 @@ struct Plan {
       segments.emplace_back(rows / fold * fold * channels, rows % fold, 1, channels, element_size);
     }
   }
-};
 
-// Uninitialised memory on a cache line.
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t bytes) : data_(std::aligned_alloc(64, round_up(bytes, 64))) {
-    if (!data_) throw std::bad_alloc();
+  // Partial results that a merge takes in.
+  int64_t values_per_channel() const {
+    int64_t values = 0;
+    for (const Segment& s : segments) values += s.row_tiles * s.groups;
+    return values;
   }
-  char* get() const { return static_cast<char*>(data_.get()); }
-
- private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> data_;
 };
 
 // A per-channel vector, repeated to the length of a folded row.
@@ -203,41 +159,6 @@ class Partials {
   Buffer data_;
 };
 
-// f(first channel, last channel), in parallel where the merge is long
-template <class F>
-void for_each_channel_range(const Plan& plan, const F& f) {
-  constexpr int64_t kBlock = 64;
-  int64_t values = 1;  // per channel
-  for (const Segment& s : plan.segments) values += s.row_tiles * s.groups;
-  const int64_t grain = std::max<int64_t>(1, kMergeGrain / (values * kBlock));
-  torch::stable::parallel_for(
-      0, ceil_div(plan.channels, kBlock), grain, [&](int64_t begin, int64_t end) {
-        f(begin * kBlock, std::min(end * kBlock, plan.channels));
-      });
-}
-
-void put(const Tensor& out, const Plan& plan, const std::vector<double>& values, int64_t begin,
-         int64_t end) {
-  if (plan.acc_size == 8) {
-    double* p = static_cast<double*>(out.mutable_data_ptr());
-    for (int64_t c = begin; c < end; ++c) p[c] = values[c];
-  } else {
-    float* p = static_cast<float*>(out.mutable_data_ptr());
-    for (int64_t c = begin; c < end; ++c) p[c] = static_cast<float>(values[c]);
-  }
-}
-
-void scale_by(std::vector<double>& values, const Tensor& factor, const Plan& plan, int64_t begin,
-              int64_t end) {
-  if (plan.acc_size == 8) {
-    const double* p = static_cast<const double*>(factor.const_data_ptr());
-    for (int64_t c = begin; c < end; ++c) values[c] *= p[c];
-  } else {
-    const float* p = static_cast<const float*>(factor.const_data_ptr());
-    for (int64_t c = begin; c < end; ++c) values[c] *= p[c];
-  }
-}
-
 // ---- ops
 
 void norm_stats(const Tensor& z, const Tensor& mean, const Tensor& m2) {
@@ -266,7 +187,7 @@ void norm_stats(const Tensor& z, const Tensor& mean, const Tensor& m2) {
 
   std::vector<double> mean_total(plan.channels);
   std::vector<double> m2_total(plan.channels);
-  for_each_channel_range(plan, [&](int64_t begin, int64_t end) {
+  for_each_channel_range(plan.channels, plan.values_per_channel(), [&](int64_t begin, int64_t end) {
     double count = 0;
     for (size_t i = 0; i < plan.segments.size(); ++i) {
       const Segment& s = plan.segments[i];
@@ -287,8 +208,8 @@ void norm_stats(const Tensor& z, const Tensor& mean, const Tensor& m2) {
       plan.norm.merge_stats(plan.storage, m);
       count += static_cast<double>(s.rows * s.groups);
     }
-    put(mean, plan, mean_total, begin, end);
-    put(m2, plan, m2_total, begin, end);
+    put(mean, mean_total, begin, end);
+    put(m2, m2_total, begin, end);
   });
 }
 
@@ -353,8 +274,8 @@ Mask mask_of(bool relu, const OptionalTensor& y) {
   return !relu ? Mask::none : y ? Mask::from_y : Mask::recompute;
 }
 
-void norm_backward_reduce(const Tensor& dy, const Tensor& z, const Tensor& mean,
-                          const Tensor& rstd, const OptionalTensor& y, const OptionalTensor& scale,
+void norm_backward_reduce(const Tensor& dy, const Tensor& z, const Tensor& mean, const Tensor& rstd,
+                          const OptionalTensor& y, const OptionalTensor& scale,
                           const OptionalTensor& beta, bool relu, const Tensor& sum_du,
                           const Tensor& sum_du_xhat, const OptionalTensor& activation) {
   check_activation(z, "z");
@@ -412,7 +333,7 @@ void norm_backward_reduce(const Tensor& dy, const Tensor& z, const Tensor& mean,
 
   std::vector<double> total_sum(plan.channels);
   std::vector<double> total_product(plan.channels);
-  for_each_channel_range(plan, [&](int64_t begin, int64_t end) {
+  for_each_channel_range(plan.channels, plan.values_per_channel(), [&](int64_t begin, int64_t end) {
     for (size_t i = 0; i < plan.segments.size(); ++i) {
       const Segment& s = plan.segments[i];
       MergeSums m{};
@@ -427,15 +348,15 @@ void norm_backward_reduce(const Tensor& dy, const Tensor& z, const Tensor& mean,
       m.total_product = total_product.data();
       plan.norm.merge_sums(plan.storage, m);
     }
-    scale_by(total_product, rstd, plan, begin, end);
-    put(sum_du, plan, total_sum, begin, end);
-    put(sum_du_xhat, plan, total_product, begin, end);
+    scale_by(total_product, rstd, begin, end);
+    put(sum_du, total_sum, begin, end);
+    put(sum_du_xhat, total_product, begin, end);
   });
 }
 
-void norm_backward_apply(const Tensor& dy, const Tensor& z, const Tensor& mean,
-                         const Tensor& scale, const OptionalTensor& beta, const OptionalTensor& y,
-                         bool relu, const OptionalTensor& coef_z, const OptionalTensor& coef_1,
+void norm_backward_apply(const Tensor& dy, const Tensor& z, const Tensor& mean, const Tensor& scale,
+                         const OptionalTensor& beta, const OptionalTensor& y, bool relu,
+                         const OptionalTensor& coef_z, const OptionalTensor& coef_1,
                          const Tensor& dz, const OptionalTensor& du) {
   check_activation(z, "z");
   check_activation_like(dy, "dy", z, "z");

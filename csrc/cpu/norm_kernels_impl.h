@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/norm_kernels.h"
+#include "cpu/storage.h"
 #include "cpu/vec.h"
 #include "math.h"
 
@@ -122,8 +123,8 @@ void merge_stats(const MergeStats& m) {
       for (int64_t i = 0; i < size; ++i) {
         const double shift = sum[offset + i] * inverse;
         const double m2_run = square[offset + i] - shift * sum[offset + i];
-        merge_moments(mean[i], m2[i], count, pilot[offset + i] + shift,
-                      m2_run < 0 ? 0.0 : m2_run, weight);
+        merge_moments(mean[i], m2[i], count, pilot[offset + i] + shift, m2_run < 0 ? 0.0 : m2_run,
+                      weight);
       }
       count += rows;
     }
@@ -340,20 +341,6 @@ void backward_apply(const BackwardApplyTile& t) {
   backward_apply<S, Mask::recompute>(t);
 }
 
-template <class Kernel>
-RESFAST_INLINE void by_storage(Storage storage, const Kernel& kernel) {
-  switch (storage) {
-    case Storage::f32:
-      return kernel(float{});
-    case Storage::bf16:
-      return kernel(BFloat16{});
-    case Storage::f16:
-      return kernel(Half{});
-    case Storage::f64:
-      return kernel(double{});
-  }
-}
-
 void stats_tile(Storage storage, const StatsTile& t) {
   by_storage(storage, [&](auto s) { stats<decltype(s)>(t); });
 }
@@ -376,8 +363,8 @@ void merge_sums_tiles(Storage storage, const MergeSums& m) {
 }  // namespace
 }  // namespace resfast
 
-#define RESFAST_NORM_KERNELS                                                           \
-  {                                                                                    \
-    stats_tile, apply_tile, backward_reduce_tile, backward_apply_tile,                 \
-        merge_stats_tiles, merge_sums_tiles, kVectorBytes,                             \
+#define RESFAST_NORM_KERNELS                                                          \
+  {                                                                                   \
+      stats_tile,        apply_tile,       backward_reduce_tile, backward_apply_tile, \
+      merge_stats_tiles, merge_sums_tiles, kVectorBytes,                              \
   }

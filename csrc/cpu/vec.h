@@ -49,6 +49,7 @@ typedef float FloatVec __attribute__((vector_size(kVectorBytes)));
 typedef double DoubleVec __attribute__((vector_size(kVectorBytes)));
 typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t UintVec __attribute__((vector_size(kVectorBytes)));
+typedef int64_t LongVec __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t ShortVec __attribute__((vector_size(kVectorBytes / 2)));
 
 template <class A>
@@ -61,6 +62,24 @@ struct VecOf<double> {
 };
 template <class S>
 using Vec = typename VecOf<acc_t<S>>::type;
+
+// One integer per lane, as comparisons yield them, and its form in memory: a byte.
+template <class A>
+struct IndexOf {
+  using vec = IntVec;
+  using lane = int32_t;
+};
+template <>
+struct IndexOf<double> {
+  using vec = LongVec;
+  using lane = int64_t;
+};
+template <class S>
+using IndexVec = typename IndexOf<acc_t<S>>::vec;
+template <class S>
+using IndexLane = typename IndexOf<acc_t<S>>::lane;
+typedef uint8_t IntBytes __attribute__((vector_size(kVectorBytes / 4)));
+typedef uint8_t LongBytes __attribute__((vector_size(kVectorBytes / 8)));
 
 // Lane counts: all of a vector, or the first `count` at the end of a row.
 struct Full {};
@@ -183,9 +202,15 @@ RESFAST_INLINE ShortVec narrow(Half, FloatVec v) {
 
 // ---- load and store
 
-RESFAST_INLINE FloatVec load(const float* p, Full) { return load_raw<FloatVec>(p); }
-RESFAST_INLINE FloatVec load(const float* p, Partial n) { return load_raw<FloatVec>(p, n.count); }
-RESFAST_INLINE DoubleVec load(const double* p, Full) { return load_raw<DoubleVec>(p); }
+RESFAST_INLINE FloatVec load(const float* p, Full) {
+  return load_raw<FloatVec>(p);
+}
+RESFAST_INLINE FloatVec load(const float* p, Partial n) {
+  return load_raw<FloatVec>(p, n.count);
+}
+RESFAST_INLINE DoubleVec load(const double* p, Full) {
+  return load_raw<DoubleVec>(p);
+}
 RESFAST_INLINE DoubleVec load(const double* p, Partial n) {
   return load_raw<DoubleVec>(p, n.count);
 }
@@ -198,10 +223,18 @@ RESFAST_INLINE FloatVec load(const S* p, Partial n) {
   return widen(S{}, load_raw<ShortVec>(&p->bits, n.count));
 }
 
-RESFAST_INLINE void store(float* p, FloatVec v, Full) { store_raw(p, v); }
-RESFAST_INLINE void store(float* p, FloatVec v, Partial n) { store_raw(p, v, n.count); }
-RESFAST_INLINE void store(double* p, DoubleVec v, Full) { store_raw(p, v); }
-RESFAST_INLINE void store(double* p, DoubleVec v, Partial n) { store_raw(p, v, n.count); }
+RESFAST_INLINE void store(float* p, FloatVec v, Full) {
+  store_raw(p, v);
+}
+RESFAST_INLINE void store(float* p, FloatVec v, Partial n) {
+  store_raw(p, v, n.count);
+}
+RESFAST_INLINE void store(double* p, DoubleVec v, Full) {
+  store_raw(p, v);
+}
+RESFAST_INLINE void store(double* p, DoubleVec v, Partial n) {
+  store_raw(p, v, n.count);
+}
 template <class S>
 RESFAST_INLINE void store(S* p, FloatVec v, Full) {
   store_raw(&p->bits, narrow(S{}, v));
@@ -209,6 +242,39 @@ RESFAST_INLINE void store(S* p, FloatVec v, Full) {
 template <class S>
 RESFAST_INLINE void store(S* p, FloatVec v, Partial n) {
   store_raw(&p->bits, narrow(S{}, v), n.count);
+}
+
+RESFAST_INLINE IntVec widen_index(IntBytes bytes) {
+  return __builtin_convertvector(bytes, IntVec);
+}
+RESFAST_INLINE LongVec widen_index(LongBytes bytes) {
+  return __builtin_convertvector(bytes, LongVec);
+}
+RESFAST_INLINE IntBytes narrow_index(IntVec v) {
+  return __builtin_convertvector(v, IntBytes);
+}
+RESFAST_INLINE LongBytes narrow_index(LongVec v) {
+  return __builtin_convertvector(v, LongBytes);
+}
+
+template <class S>
+using IndexBytes = decltype(narrow_index(IndexVec<S>{}));
+
+template <class S>
+RESFAST_INLINE IndexVec<S> load_index(const uint8_t* p, Full) {
+  return widen_index(load_raw<IndexBytes<S>>(p));
+}
+template <class S>
+RESFAST_INLINE IndexVec<S> load_index(const uint8_t* p, Partial n) {
+  return widen_index(load_raw<IndexBytes<S>>(p, n.count));
+}
+template <class S>
+RESFAST_INLINE void store_index(uint8_t* p, IndexVec<S> v, Full) {
+  store_raw(p, narrow_index(v));
+}
+template <class S>
+RESFAST_INLINE void store_index(uint8_t* p, IndexVec<S> v, Partial n) {
+  store_raw(p, narrow_index(v), n.count);
 }
 
 }  // namespace

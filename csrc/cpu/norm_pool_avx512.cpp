@@ -1,0 +1,5 @@
+#include "cpu/norm_pool_kernels_impl.h"
+
+namespace resfast {
+const NormPoolKernels norm_pool_kernels_avx512 = RESFAST_NORM_POOL_KERNELS;
+}  // namespace resfast

@@ -1,0 +1,206 @@
+// Normalise + ReLU + max-pool, compiled once per instruction set by norm_pool_<isa>.cpp. The
+// normalised activation is never stored: windows recompute it from z, which is in cache.
+#pragma once
+
+#include "cpu/norm_pool_kernels.h"
+#include "cpu/storage.h"
+#include "cpu/vec.h"
+#include "math.h"
+
+namespace resfast {
+namespace {
+
+// A range of window or pixel coordinates, [begin, end).
+struct Range {
+  int64_t begin, end;
+};
+
+// Taps of the window of output coordinate `o` that lie inside the input.
+RESFAST_INLINE Range taps(int64_t o, int64_t size, const PoolShape& p) {
+  const int64_t first = o * p.stride - p.padding;
+  const int64_t end = first + p.kernel;
+  return {first < 0 ? -first : 0, (end > size ? size : end) - first};
+}
+
+// Outputs whose windows hold input coordinate `i`.
+RESFAST_INLINE Range windows(int64_t i, int64_t out_size, const PoolShape& p) {
+  const int64_t at = i + p.padding;
+  const int64_t begin = at < p.kernel ? 0 : (at - p.kernel) / p.stride + 1;
+  const int64_t end = at / p.stride + 1;
+  return {begin, end > out_size ? out_size : end};
+}
+
+template <class S>
+RESFAST_INLINE IndexVec<S> every_lane(int64_t value) {
+  return IndexVec<S>{} + static_cast<IndexLane<S>>(value);
+}
+
+// body(channel, lanes)
+template <class S, class Body>
+RESFAST_INLINE void for_each_channel(int64_t channels, const Body& body) {
+  const int64_t whole = channels / kLanes<S> * kLanes<S>;
+  for (int64_t c = 0; c < whole; c += kLanes<S>) body(c, Full{});
+  if (whole < channels) body(whole, Partial{static_cast<int>(channels - whole)});
+}
+
+template <class S, bool HAS_INDEX>
+void pool_apply(const PoolApplyTile& t) {
+  using A = acc_t<S>;
+  using V = Vec<S>;
+  const PoolShape& p = t.shape;
+  const A* mean = static_cast<const A*>(t.mean);
+  const A* scale = static_cast<const A*>(t.scale);
+  const A* beta = static_cast<const A*>(t.beta);
+  for (int64_t line = t.begin; line < t.end; ++line) {
+    const int64_t row = line % p.out_height;
+    const S* sample =
+        static_cast<const S*>(t.z) + line / p.out_height * p.height * p.width * p.channels;
+    const Range rs = taps(row, p.height, p);
+    for (int64_t column = 0; column < p.out_width; ++column) {
+      const Range ss = taps(column, p.width, p);
+      const int64_t first_row = row * p.stride - p.padding;
+      const int64_t first_column = column * p.stride - p.padding;
+      const int64_t at = (line * p.out_width + column) * p.channels;
+      for_each_channel<S>(p.channels, [&](int64_t c, auto lanes) RESFAST_INLINE_LAMBDA {
+        const V m = load(mean + c, lanes);
+        const V s = load(scale + c, lanes);
+        const V b = load(beta + c, lanes);
+        V best = V{} - static_cast<A>(__builtin_inff());
+        IndexVec<S> index = every_lane<S>(rs.begin * p.kernel + ss.begin);
+        for (int64_t tap_r = rs.begin; tap_r < rs.end; ++tap_r) {
+          const S* z = sample + ((first_row + tap_r) * p.width + first_column) * p.channels + c;
+          for (int64_t tap_s = ss.begin; tap_s < ss.end; ++tap_s) {
+            const V y = relu(affine(load(z + tap_s * p.channels, lanes), m, s, b));
+            // The first maximum; NaN beats all.
+            const IndexVec<S> take = (y > best) | (y != y);
+            best = take ? y : best;
+            if constexpr (HAS_INDEX) {
+              index = take ? every_lane<S>(tap_r * p.kernel + tap_s) : index;
+            }
+          }
+        }
+        store(static_cast<S*>(t.out) + at + c, best, lanes);
+        if constexpr (HAS_INDEX) store_index<S>(t.index + at + c, index, lanes);
+      });
+    }
+  }
+}
+
+// Sums over windows, not over input pixels: each window's dy belongs to one pixel.
+template <class S>
+void pool_backward_reduce(const PoolBackwardReduceTile& t) {
+  using A = acc_t<S>;
+  using V = Vec<S>;
+  const PoolShape& p = t.shape;
+  const A* mean = static_cast<const A*>(t.mean);
+  const A* scale = static_cast<const A*>(t.scale);
+  const A* beta = static_cast<const A*>(t.beta);
+  A* sum = static_cast<A*>(t.sum);
+  A* product = static_cast<A*>(t.product);
+  for (int64_t c = 0; c < p.channels; ++c) sum[c] = product[c] = 0;
+  for (int64_t line = t.begin; line < t.end; ++line) {
+    const int64_t row = line % p.out_height;
+    const S* sample =
+        static_cast<const S*>(t.z) + line / p.out_height * p.height * p.width * p.channels;
+    const Range rs = taps(row, p.height, p);
+    for (int64_t column = 0; column < p.out_width; ++column) {
+      const Range ss = taps(column, p.width, p);
+      const int64_t first_row = row * p.stride - p.padding;
+      const int64_t first_column = column * p.stride - p.padding;
+      const int64_t at = (line * p.out_width + column) * p.channels;
+      for_each_channel<S>(p.channels, [&](int64_t c, auto lanes) RESFAST_INLINE_LAMBDA {
+        const V m = load(mean + c, lanes);
+        const V s = load(scale + c, lanes);
+        const V b = load(beta + c, lanes);
+        const IndexVec<S> index = load_index<S>(t.index + at + c, lanes);
+        V picked = m;
+        for (int64_t tap_r = rs.begin; tap_r < rs.end; ++tap_r) {
+          const S* z = sample + ((first_row + tap_r) * p.width + first_column) * p.channels + c;
+          for (int64_t tap_s = ss.begin; tap_s < ss.end; ++tap_s) {
+            const V zi = load(z + tap_s * p.channels, lanes);
+            picked = index == every_lane<S>(tap_r * p.kernel + tap_s) ? zi : picked;
+          }
+        }
+        const V dy = load(static_cast<const S*>(t.dy) + at + c, lanes);
+        const V du = relu_backward(dy, affine(picked, m, s, b));
+        store(sum + c, load(sum + c, lanes) + du, lanes);
+        store(product + c, load(product + c, lanes) + du * (picked - m), lanes);
+      });
+    }
+  }
+}
+
+template <class S, bool HAS_COEF_Z, bool HAS_COEF_1>
+void pool_backward_apply(const PoolBackwardApplyTile& t) {
+  using A = acc_t<S>;
+  using V = Vec<S>;
+  const PoolShape& p = t.shape;
+  const A* mean = static_cast<const A*>(t.mean);
+  const A* scale = static_cast<const A*>(t.scale);
+  const A* beta = static_cast<const A*>(t.beta);
+  const A* coef_z = static_cast<const A*>(t.coef_z);
+  const A* coef_1 = static_cast<const A*>(t.coef_1);
+  for (int64_t line = t.begin; line < t.end; ++line) {
+    const int64_t row = line % p.height;
+    const int64_t sample = line / p.height * p.out_height;
+    const Range rows = windows(row, p.out_height, p);
+    for (int64_t column = 0; column < p.width; ++column) {
+      const Range columns = windows(column, p.out_width, p);
+      const int64_t at = (line * p.width + column) * p.channels;
+      for_each_channel<S>(p.channels, [&](int64_t c, auto lanes) RESFAST_INLINE_LAMBDA {
+        const V m = load(mean + c, lanes);
+        const V s = load(scale + c, lanes);
+        const V b = load(beta + c, lanes);
+        const V z = load(static_cast<const S*>(t.z) + at + c, lanes);
+        V du{};
+        for (int64_t r = rows.begin; r < rows.end; ++r) {
+          const int64_t tap_r = row + p.padding - r * p.stride;
+          for (int64_t q = columns.begin; q < columns.end; ++q) {
+            const int64_t tap_s = column + p.padding - q * p.stride;
+            const int64_t from = ((sample + r) * p.out_width + q) * p.channels + c;
+            const IndexVec<S> index = load_index<S>(t.index + from, lanes);
+            const V dy = load(static_cast<const S*>(t.dy) + from, lanes);
+            du += index == every_lane<S>(tap_r * p.kernel + tap_s) ? dy : V{};
+          }
+        }
+        du = relu_backward(du, affine(z, m, s, b));
+        V v = s * du;
+        if constexpr (HAS_COEF_1) v += load(coef_1 + c, lanes);
+        if constexpr (HAS_COEF_Z) v += load(coef_z + c, lanes) * (z - m);
+        store(static_cast<S*>(t.dz) + at + c, v, lanes);
+      });
+    }
+  }
+}
+
+// ---- run-time arguments to template arguments
+
+template <class S>
+void pool_apply(const PoolApplyTile& t) {
+  t.index ? pool_apply<S, true>(t) : pool_apply<S, false>(t);
+}
+
+template <class S>
+void pool_backward_apply(const PoolBackwardApplyTile& t) {
+  if (t.coef_z) {
+    t.coef_1 ? pool_backward_apply<S, true, true>(t) : pool_backward_apply<S, true, false>(t);
+  } else {
+    t.coef_1 ? pool_backward_apply<S, false, true>(t) : pool_backward_apply<S, false, false>(t);
+  }
+}
+
+void pool_apply_tile(Storage storage, const PoolApplyTile& t) {
+  by_storage(storage, [&](auto s) { pool_apply<decltype(s)>(t); });
+}
+void pool_backward_reduce_tile(Storage storage, const PoolBackwardReduceTile& t) {
+  by_storage(storage, [&](auto s) { pool_backward_reduce<decltype(s)>(t); });
+}
+void pool_backward_apply_tile(Storage storage, const PoolBackwardApplyTile& t) {
+  by_storage(storage, [&](auto s) { pool_backward_apply<decltype(s)>(t); });
+}
+
+}  // namespace
+}  // namespace resfast
+
+#define RESFAST_NORM_POOL_KERNELS \
+  {pool_apply_tile, pool_backward_reduce_tile, pool_backward_apply_tile}
