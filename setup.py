@@ -325,9 +325,16 @@ class NinjaBuildExt(build_ext):
             f'    R"resfast({json.dumps(info, indent=1)})resfast";\n',
         )
         objects.append(
-            ninja.add("compile", generated.with_suffix(".o"), [generated], cxx, ["-fPIC"])
+            ninja.add(
+                "compile",
+                generated.with_suffix(".o"),
+                [generated],
+                cxx,
+                ["-fPIC", "-fvisibility=hidden"],
+            )
         )
-        link = ["-Wl,--gc-sections", "-Wl,-O1", f"-L{torch.lib}", "-ltorch_cpu"]
+        # libstdc++ first: libtorch_cpu carries copies of some of its symbols, without versions.
+        link = ["-Wl,-O1", "-Wl,--gc-sections", "-lstdc++", f"-L{torch.lib}", "-ltorch_cpu"]
         library = ninja.add("link", folder / "_C.so", objects, cxx, link)
         if ninja.run([library])[0]:
             raise BaseError("the CPU library failed to link; see the linker's message")
@@ -368,14 +375,15 @@ def headers() -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
 
 
-setup(
-    ext_modules=[
-        Extension(
-            "resfast._C",
-            sources=sources("", ".cpp") + sources("cpu", ".cpp"),
-            depends=headers(),
-        ),
-        Extension("resfast._C_cuda", sources=sources("cuda", ".cu"), depends=headers()),
-    ],
-    cmdclass={"build_ext": NinjaBuildExt},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Extension(
+                "resfast._C",
+                sources=sources("", ".cpp") + sources("cpu", ".cpp"),
+                depends=headers(),
+            ),
+            Extension("resfast._C_cuda", sources=sources("cuda", ".cu"), depends=headers()),
+        ],
+        cmdclass={"build_ext": NinjaBuildExt},
+    )
