@@ -21,7 +21,7 @@ def info(as_json: bool = False) -> int:
 
 def collect() -> dict[str, Any]:
     from resfast.backends.select import available
-    from resfast.models import list_models
+    from resfast.training.model import model_names
 
     return {
         "versions": versions() | {"cuda": torch.version.cuda},
@@ -37,7 +37,7 @@ def collect() -> dict[str, Any]:
             {"name": name, "available": usable, "reason": reason}
             for name, usable, reason in available()
         ],
-        "models": list_models(),
+        "models": model_names(),
     }
 
 

@@ -36,14 +36,14 @@ def _option(default: Any, text: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    model: str = _option("resnet18", "network; `resfast info` lists the names")
+    model: str = _option("resnet8", "network; `resfast info` lists the names")
     data: str = _option(
         "digits",
         "digits (scikit-learn's 1,797 real 8×8 images), synthetic, or a folder of images: "
         "CLASS/*.jpg, or train/CLASS/*.jpg beside test/CLASS/*.jpg",
     )
     batch_size: int = _option(64, "images per step")
-    epochs: int = _option(12, "passes over the training images")
+    epochs: int = _option(30, "passes over the training images")
     optimizer: str = _option("adam", "adam, or sgd (momentum 0.9, Nesterov)", choices=OPTIMIZERS)
     lr: float | None = _option(
         None,

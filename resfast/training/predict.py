@@ -14,6 +14,7 @@ from resfast.training.checkpoint import BEST, CheckpointError, CheckpointFolder,
 from resfast.training.config import OptionError, TrainConfig, UserError, resolve_device
 from resfast.training.data import Dataset, load_dataset, normalise, read_image
 from resfast.training.loop import evaluate, place
+from resfast.training.model import create_for
 from resfast.training.report import binomial_interval, table
 
 
@@ -58,8 +59,6 @@ def find_checkpoint(source: Path) -> tuple[dict[str, Any], Path]:
 
 
 def restore_model(state: dict[str, Any], path: Path) -> nn.Module:
-    from resfast.training.run import create_for
-
     try:
         config = TrainConfig.from_dict(state["config"])
         model = create_for(config.model, state["image_shape"], len(state["classes"]))

@@ -8,16 +8,16 @@ import functools
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from resfast.diagnostics.curves import draw_curves, read_metrics
 from resfast.diagnostics.environment import device_info, now, versions
+from resfast.nn import unfused
 from resfast.training.checkpoint import BEST, CheckpointFolder, load, write_atomically
 from resfast.training.config import (
     INSTALL_HINT,
@@ -29,12 +29,11 @@ from resfast.training.config import (
 )
 from resfast.training.data import load_dataset
 from resfast.training.loop import Score, Stopped, StopSignals, Trainer, TrainStep, place
+from resfast.training.model import create_for, model_names
 from resfast.training.report import Progress, Recorder, binomial_interval, on_row, table
 from resfast.training.throughput import Comparison, compare
 
 RESUMABLE = ("epochs", "device", "threads", "data")
-CIFAR_STEM_SIDE = 64
-NO_STEM = ("simple_resnet",)
 
 
 def train(
@@ -53,9 +52,7 @@ def train(
         config = _resumed_config(TrainConfig.from_dict(state["config"]), options)
     else:
         config = TrainConfig(**options).validate()
-    from resfast.models import list_models
-
-    check_model(config.model, list_models())
+    check_model(config.model, model_names())
     device = resolve_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -101,23 +98,10 @@ def train(
         return _finish(trainer, folder, header, comparison, stop, quiet)
 
 
-def create_for(name: str, image_shape: Sequence[int], classes: int) -> nn.Module:
-    """A model for images of (channels, height, width); small ones get the CIFAR stem."""
-    from resfast.models import create_model
-
-    channels, height, width = image_shape
-    options: dict[str, Any] = {"in_channels": channels, "num_classes": classes}
-    if name not in NO_STEM:
-        options["stem"] = "cifar" if min(height, width) <= CIFAR_STEM_SIDE else "imagenet"
-    return create_model(name, **options)
-
-
 def compare_with_eager(
     trainer: Trainer, stop: StopSignals | None = None, budget: float = 10.0
 ) -> Comparison | None:
     """Training steps of copies of the model, fused and unfused, on one batch; A is the fused."""
-    from resfast.nn import unfused
-
     config, device = trainer.config, trainer.device
     trainer.sampler.batch = 0
     inputs, labels = trainer.batch(next(iter(trainer.sampler)))
