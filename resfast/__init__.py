@@ -5,13 +5,65 @@ __version__ = "0.1.0"
 from resfast import native
 from resfast.backends import backend
 from resfast.backends.packed import clear_packed_weights
+from resfast.explain import explain
+from resfast.models import (
+    PreActResNet,
+    ResNet,
+    SimpleResNet,
+    create_model,
+    list_models,
+    preact_resnet18,
+    preact_resnet34,
+    preact_resnet50,
+    preact_resnet101,
+    preact_resnet152,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    simple_resnet,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+from resfast.nn import BasicBlock, Bottleneck, ConvBNAct, set_fused, unfused
 from resfast.ops import strict
 
 native.warn_if_unavailable()
 
 __all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "ConvBNAct",
+    "PreActResNet",
+    "ResNet",
+    "SimpleResNet",
     "__version__",
     "backend",
     "clear_packed_weights",
+    "create_model",
+    "explain",
+    "list_models",
+    "preact_resnet18",
+    "preact_resnet34",
+    "preact_resnet50",
+    "preact_resnet101",
+    "preact_resnet152",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "set_fused",
+    "simple_resnet",
     "strict",
+    "unfused",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
 ]

@@ -260,6 +260,8 @@ def bn_act(
         RuntimeError: wrong size, dtype or device of another argument.
     """
     check_strict(norm)
+    if residual is not None and torch.is_autocast_enabled(x.device.type):
+        residual = residual.to(x.dtype)
     vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     if norm.training or needs_grad(x, norm.weight, norm.bias, residual):
         y, mean, var = _op(

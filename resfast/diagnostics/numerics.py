@@ -1,0 +1,76 @@
+"""``resfast check``: every op on every backend of this machine, its error beside stock PyTorch's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from resfast.backends import available, backend
+from resfast.testing import HALF_DTYPES, OpCase, Verdict, judge_seeds, op_cases
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+class Row(NamedTuple):
+    """One op on one backend in one dtype: the quantity nearest to, or furthest over, its limit."""
+
+    op: str
+    backend: str
+    dtype: str
+    worst: Verdict
+    failed: tuple[Verdict, ...]
+
+
+def _row(case: OpCase, name: str, dtype: str, seeds: int) -> Row:
+    with backend(name):
+        verdicts = judge_seeds(case, DTYPES[dtype], seeds)
+    worst = max(verdicts, key=lambda v: v.ratio)
+    return Row(str(case), name, dtype, worst, tuple(v for v in verdicts if not v.ok))
+
+
+def run(
+    *, quick: bool = False, dtypes: Sequence[str] = tuple(DTYPES), backends: Sequence[str] = ()
+) -> Iterator[Row]:
+    """Judge each op by the criterion of resfast.testing, on CPU, both layouts by turns.
+
+    ``quick`` takes 8 inputs a case instead of 8 (fp32, fp64) or 32 (16-bit), and training only.
+    """
+    for name in backends or [n for n, ok, _ in available() if ok]:
+        for dtype in dtypes:
+            seeds = 32 if DTYPES[dtype] in HALF_DTYPES and not quick else 8
+            for training in (True,) if quick else (True, False):
+                for case in op_cases(training):
+                    yield _row(case, name, dtype, seeds)
+
+
+def main(
+    quick: bool = False, dtypes: Sequence[str] | None = None, out: str | Path | None = None
+) -> int:
+    """Print the table as it is measured; write it to ``out`` as JSON. 1 if anything failed."""
+    rows = []
+    print(f"{'op':38}{'backend':9}{'dtype':10}{'worst of':14}{'error':>10}{'stock':>10}{'of limit':>10}")
+    for row in run(quick=quick, dtypes=dtypes or tuple(DTYPES)):
+        rows.append(row)
+        v = row.worst
+        print(
+            f"{row.op:38}{row.backend:9}{row.dtype:10}{v.quantity:14}{v.error:10.2e}"
+            f"{v.stock:10.2e}{v.ratio:9.0%}  {'FAIL' if row.failed else 'pass'}",
+            flush=True,
+        )
+        for bad in row.failed:
+            print(f"    {bad.quantity}: {bad}")
+    failed = sum(bool(r.failed) for r in rows)
+    print(f"{len(rows) - failed} of {len(rows)} pass (error: RMSE against float64)")
+    if out is not None:
+        record = [{**r._asdict(), "worst": r.worst._asdict(), "failed": len(r.failed)} for r in rows]
+        Path(out).write_text(json.dumps(record, indent=1))
+    return 1 if failed else 0

@@ -1,0 +1,500 @@
+"""Inputs, the stock peers and the error criterion that tests, benchmarks and ``resfast check`` share.
+
+Criterion: on the same inputs, E = RMSE against a float64 reference built from the already rounded
+inputs. bf16, fp16: E ≤ 1.1 × stock's. fp32: E ≤ 1.5 × the worst of stock's own paths, or ≤ 8·2⁻²⁴
+of the reference's RMS. And per channel, by the largest error (docs/numerics.md derives each factor).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import resfast.ops as fused_ops
+from resfast.ops import ConvParams, NormParams, reference
+
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+# factor on stock's error, by dtype class; and the floor below which an fp32 error is rounding
+HALF_FACTOR = 1.1
+SINGLE_FACTOR = 1.5
+FLOOR_ULPS = 8
+# the largest of thousands of rounding errors varies from run to run far more than their RMS
+CHANNEL_FACTOR = 2.0
+# An RMSE over n independent errors is itself uncertain by 1/√(2n): 1.6 % at 2048, well inside the
+# factors. A weight gradient's errors share those of its activations, so its n is smaller than it
+# looks: never fewer than 8 inputs.
+POOL_VALUES = 2048
+POOL_INPUTS = 8
+
+
+# ---- stock PyTorch behind the signatures of resfast.ops
+
+
+def _stock_bn_act(x, norm, residual=None, *, relu=True, add_after_act=False):
+    u = F.batch_norm(
+        x,
+        norm.running_mean,
+        norm.running_var,
+        norm.weight,
+        norm.bias,
+        norm.training,
+        norm.momentum,
+        norm.eps,
+    )
+    if residual is not None and not add_after_act:
+        u = u + residual
+    y = F.relu(u) if relu else u
+    return y + residual if residual is not None and add_after_act else y
+
+
+def _stock_conv_bn_act(x, conv, norm, residual=None, *, relu=True, add_after_act=False):
+    z = reference.conv(x, conv)
+    return _stock_bn_act(z, norm, residual, relu=relu, add_after_act=add_after_act)
+
+
+def _stock_bn_act_max_pool(x, norm):
+    return F.max_pool2d(_stock_bn_act(x, norm), 3, 2, 1)
+
+
+def _stock_residual_block(x, convs, norms, **options):
+    return _chain(stock_ops, x, convs, norms, **options)
+
+
+stock_ops = SimpleNamespace(
+    bn_act=_stock_bn_act,
+    conv_bn_act=_stock_conv_bn_act,
+    bn_act_max_pool=_stock_bn_act_max_pool,
+    residual_block=_stock_residual_block,
+)
+
+
+# ---- cases: an op call over named tensors, run by any of the implementations
+
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One op call. ``shapes`` names its leaf tensors; ``call`` runs it with an implementation.
+
+    ``norms`` names the norms: name → channels; a norm brings gamma_, beta_, mean_ and var_name.
+    """
+
+    name: str
+    shapes: dict[str, tuple[int, ...]]
+    norms: dict[str, int]
+    call: Callable[[Any, Tensors, dict[str, NormParams]], Tensor]
+    training: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}-{'train' if self.training else 'eval'}"
+
+    def inputs(self, seed: int, dtype: torch.dtype, device: str = "cpu") -> Tensors:
+        """Random leaves of ``dtype`` (norm vectors float32, or float64); convolutions He-scaled."""
+        generator = torch.Generator().manual_seed(seed)
+        vector_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        tensors: Tensors = {}
+        for name, shape in self.shapes.items():
+            t = normal(*shape)
+            if name.startswith("w"):
+                t = t * math.sqrt(2 / math.prod(shape[1:]))
+            tensors[name] = t.to(dtype)
+        for name, c in self.norms.items():
+            gamma = 1 + 0.5 * normal(c)  # some negative
+            for key, v in (
+                ("gamma", gamma),
+                ("beta", normal(c)),
+                ("mean", normal(c)),
+                ("var", 0.5 + normal(c).abs()),
+            ):
+                tensors[f"{key}_{name}"] = v.to(vector_dtype)
+        return {k: v.to(device) for k, v in tensors.items()}
+
+    def run(
+        self, ops: Any, tensors: Tensors, dy: Tensor | None, layout: str
+    ) -> Tensors:
+        """Forward and backward: y, d<leaf> for each leaf, mean_<norm> and var_<norm> afterwards."""
+        t = {
+            k: v.contiguous(memory_format=LAYOUTS[layout]) if v.dim() == 4 else v.clone()
+            for k, v in tensors.items()
+        }
+        leaves = [k for k in t if not k.startswith(("mean_", "var_"))]
+        for k in leaves:
+            t[k] = t[k].detach().requires_grad_()
+        norms = {
+            name: NormParams(
+                t[f"gamma_{name}"],
+                t[f"beta_{name}"],
+                t[f"mean_{name}"],
+                t[f"var_{name}"],
+                None,
+                self.training,
+            )
+            for name in self.norms
+        }
+        y = self.call(ops, t, norms)
+        result = {"y": y.detach()}
+        if dy is not None:
+            y.backward(dy.to(y.dtype).contiguous(memory_format=LAYOUTS[layout]))
+            result |= {f"d{k}": t[k].grad for k in leaves if t[k].grad is not None}
+        if self.training:
+            result |= {k: v for k, v in t.items() if k.startswith(("mean_", "var_"))}
+        return result
+
+
+class _Recording:
+    """An implementation's ops, layer by layer, noting which branch each ReLU and max-pool takes."""
+
+    def __init__(self, ops: Any, pool_index: Callable) -> None:
+        self.ops = ops
+        self.pool_index = pool_index
+        self.branches: list[Tensor] = []
+
+    def bn_act(self, x, norm, residual=None, *, relu=True, add_after_act=False):
+        norm = _untracked(norm)
+        if relu:
+            joined = None if add_after_act else residual
+            self.branches.append(reference.positive(self.ops.bn_act(x, norm, joined)))
+        return self.ops.bn_act(x, norm, residual, relu=relu, add_after_act=add_after_act)
+
+    def conv_bn_act(self, x, conv, norm, residual=None, *, relu=True, add_after_act=False):
+        norm = _untracked(norm)
+        if relu:
+            joined = None if add_after_act else residual
+            self.branches.append(reference.positive(self.ops.conv_bn_act(x, conv, norm, joined)))
+        return self.ops.conv_bn_act(
+            x, conv, norm, residual, relu=relu, add_after_act=add_after_act
+        )
+
+    def bn_act_max_pool(self, x, norm):
+        norm = _untracked(norm)
+        self.branches.append(reference.positive(self.ops.bn_act(x, norm)))
+        self.branches.append(self.pool_index(x, norm))
+        return self.ops.bn_act_max_pool(x, norm)
+
+    def residual_block(self, x, convs, norms, **options):
+        _chain(self, x, convs, norms, **options)
+        # the block itself joins a projection without rounding it first
+        y = self.ops.residual_block(x, convs, norms, **options)
+        self.branches[-1] = reference.positive(y)
+        return y
+
+
+class _Reference:
+    """reference.py along given branches, with the running statistics it leaves to its caller."""
+
+    def __init__(self, branches: Sequence[Tensor] | None = None) -> None:
+        self.branches = None if branches is None else iter(branches)
+
+    def _next(self, wanted: bool = True) -> Tensor | None:
+        return next(self.branches) if wanted and self.branches is not None else None
+
+    def _track(self, norm: NormParams, z: Tensor) -> None:
+        if norm.training and norm.running_mean is not None and norm.running_var is not None:
+            with torch.no_grad():
+                mean, var = reference.running_stats(z, norm)
+                norm.running_mean.copy_(mean)
+                norm.running_var.copy_(var)
+
+    def bn_act(self, x, norm, residual=None, *, relu=True, add_after_act=False):
+        mask = self._next(relu)
+        y = reference.bn_act(
+            x, norm, residual, relu=relu, add_after_act=add_after_act, mask=mask
+        )
+        self._track(norm, x)
+        return y
+
+    def conv_bn_act(self, x, conv, norm, residual=None, **options):
+        return self.bn_act(reference.conv(x, conv), norm, residual, **options)
+
+    def bn_act_max_pool(self, x, norm):
+        mask, index = self._next(), self._next()
+        if mask is None or index is None:
+            y = reference.bn_act_max_pool(x, norm)
+        else:
+            a = reference.bn_act(x, norm, mask=mask)
+            y = a.flatten(2).gather(2, index.flatten(2)).view(index.shape)
+        self._track(norm, x)
+        return y
+
+    def residual_block(self, x, convs, norms, **options):
+        return _chain(self, x, convs, norms, **options)
+
+
+def _chain(
+    ops,
+    x,
+    convs,
+    norms,
+    *,
+    shortcut_conv=None,
+    shortcut_norm=None,
+    shortcut_input=None,
+    memory_efficient=False,
+):
+    """A residual block as calls of conv_bn_act."""
+    a = x
+    for c, n in zip(convs[:-1], norms[:-1], strict=True):
+        a = ops.conv_bn_act(a, c, n)
+    shortcut = x if shortcut_input is None else shortcut_input
+    if shortcut_conv is not None:
+        shortcut = ops.conv_bn_act(shortcut, shortcut_conv, shortcut_norm, relu=False)
+    return ops.conv_bn_act(a, convs[-1], norms[-1], shortcut)
+
+
+def _untracked(norm: NormParams) -> NormParams:
+    if not norm.training:
+        return norm
+    return norm._replace(running_mean=None, running_var=None, num_batches_tracked=None)
+
+
+def _stock_pool_index(x: Tensor, norm: NormParams) -> Tensor:
+    return F.max_pool2d(stock_ops.bn_act(x, norm), 3, 2, 1, return_indices=True)[1]
+
+
+def _fused_pool_index(x: Tensor, norm: NormParams) -> Tensor:
+    _, within, _, _ = torch.ops.resfast.bn_act_max_pool(
+        x, *norm[:4], 3, 2, 1, norm.training, norm.eps
+    )
+    p = torch.arange(within.shape[2], device=x.device).view(-1, 1) * 2 - 1
+    q = torch.arange(within.shape[3], device=x.device) * 2 - 1
+    return (within.long() // 3 + p) * x.shape[3] + within.long() % 3 + q
+
+
+def op_cases(training: bool) -> list[OpCase]:
+    """Every op in every form: residual orders, strides, groups, blocks with and without projection."""
+    shape = (2, 64, 10, 9)
+    c = shape[1]
+
+    def bn(name: str, residual: bool, **options) -> OpCase:
+        shapes = {"x": shape, **({"r": shape} if residual else {})}
+        return OpCase(
+            name,
+            shapes,
+            {"1": c},
+            lambda ops, t, n: ops.bn_act(t["x"], n["1"], t.get("r"), **options),
+            training,
+        )
+
+    def conv(name: str, weight: tuple[int, ...], out: tuple[int, int], residual: bool, **geometry):
+        options = {k: geometry.pop(k) for k in ("relu", "add_after_act") if k in geometry}
+        bias = geometry.pop("bias", False)
+        k = weight[0]
+        shapes: dict[str, tuple[int, ...]] = {"x": shape, "w": weight}
+        if residual:
+            shapes["r"] = (shape[0], k, *out)
+        if bias:
+            shapes["b"] = (k,)
+        return OpCase(
+            name,
+            shapes,
+            {"1": k},
+            lambda ops, t, n: ops.conv_bn_act(
+                t["x"], ConvParams(t["w"], t.get("b"), **geometry), n["1"], t.get("r"), **options
+            ),
+            training,
+        )
+
+    def block(name: str, weights: list[tuple[int, ...]], stride: int, projection: bool, **options):
+        last = weights[-1][0]
+        shapes: dict[str, tuple[int, ...]] = {"x": shape}
+        shapes |= {f"w{i}": w for i, w in enumerate(weights)}
+        norms = {str(i): w[0] for i, w in enumerate(weights)}
+        if projection:
+            shapes["wd"] = (last, c, 1, 1)
+            norms["d"] = last
+
+        def call(ops, t, n):
+            convs = []
+            for i, w in enumerate(weights):
+                pad = (w[2] // 2, w[3] // 2)
+                # ResNet v1.5: the 3×3 strides
+                s = stride if w[2] == 3 and stride not in [x.stride[0] for x in convs] else 1
+                convs.append(ConvParams(t[f"w{i}"], None, (s, s), pad))
+            shortcut = {}
+            if projection:
+                shortcut = {
+                    "shortcut_conv": ConvParams(t["wd"], None, (stride, stride)),
+                    "shortcut_norm": n["d"],
+                }
+            ordered = [n[str(i)] for i in range(len(weights))]
+            return ops.residual_block(t["x"], convs, ordered, **shortcut, **options)
+
+        return OpCase(name, shapes, norms, call, training)
+
+    basic = [(c, c, 3, 3), (c, c, 3, 3)]
+    bottleneck = [(64, c, 1, 1), (64, 64, 3, 3), (c, 64, 1, 1)]
+    wide = [(64, c, 1, 1), (64, 64, 3, 3), (128, 64, 1, 1)]
+    pad = {"padding": (1, 1)}
+    return [
+        bn("bn", False, relu=False),
+        bn("bn_relu", False),
+        bn("bn_add_relu", True),
+        bn("bn_relu_add", True, add_after_act=True),
+        OpCase(
+            "bn_relu_max_pool",
+            {"x": shape},
+            {"1": c},
+            lambda ops, t, n: ops.bn_act_max_pool(t["x"], n["1"]),
+            training,
+        ),
+        conv("conv3x3_bn_relu", (64, c, 3, 3), (10, 9), False, **pad),
+        conv("conv3x3s2_bn_add_relu", (64, c, 3, 3), (5, 5), True, stride=(2, 2), **pad),
+        conv("conv1x1_bn_relu_add", (64, c, 1, 1), (10, 9), True, add_after_act=True, bias=True),
+        conv("conv3x3g4_bn", (64, c // 4, 3, 3), (10, 9), False, groups=4, relu=False, **pad),
+        block("basic_block", basic, 1, False),
+        block("basic_block_projection", basic, 2, True),
+        block("bottleneck", bottleneck, 1, False),
+        block("bottleneck_projection", wide, 2, True),
+        block("bottleneck_memory_efficient", wide, 2, True, memory_efficient=True),
+    ]
+
+
+# ---- the criterion
+
+
+def _ratio(error: float, limit: float) -> float:
+    """error / limit, where NaN and an error without allowance are infinitely bad."""
+    if not math.isfinite(error):
+        return math.inf
+    return error / limit if limit else math.inf if error else 0.0
+
+
+class Errors(NamedTuple):
+    """One quantity's errors on one input: ours, and each stock path's (squares summed, largest)."""
+
+    values: int
+    ours: tuple[float, float]
+    stock: tuple[tuple[float, float], ...]
+    reference: tuple[float, float]
+    unit_roundoff: float
+
+
+class Verdict(NamedTuple):
+    """One quantity's error beside the worst stock path's: RMSE, and the largest of any channel."""
+
+    quantity: str
+    error: float
+    stock: float
+    limit: float
+    channel_error: float
+    channel_limit: float
+
+    @property
+    def ok(self) -> bool:
+        # written so that a NaN fails
+        return self.error <= self.limit and self.channel_error <= self.channel_limit
+
+    @property
+    def ratio(self) -> float:
+        """Error over the allowed error, the larger of the two; ≤ 1 passes."""
+        pairs = ((self.error, self.limit), (self.channel_error, self.channel_limit))
+        return max(_ratio(*pair) for pair in pairs)
+
+
+def _size(t: Tensor) -> tuple[float, float]:
+    return float(t.square().sum()), float(t.abs().max())
+
+
+def _errors(
+    fused: Tensor, ref: Tensor, stock: Sequence[tuple[Tensor, Tensor]]
+) -> Errors:
+    return Errors(
+        ref.numel(),
+        _size(fused.double() - ref),
+        tuple(_size(s.double() - r) for s, r in stock),
+        _size(ref),
+        torch.finfo(fused.dtype).eps / 2,
+    )
+
+
+def judge(quantity: str, errors: Sequence[Errors], dtype: torch.dtype) -> Verdict:
+    """Apply the criterion for activations of ``dtype`` to one quantity, pooled over inputs."""
+    values = sum(e.values for e in errors)
+
+    def pooled(pick: Callable[[Errors], tuple[float, float]]) -> tuple[float, float]:
+        sizes = [pick(e) for e in errors]
+        return math.sqrt(math.fsum(s for s, _ in sizes) / values), max(m for _, m in sizes)
+
+    error, largest = pooled(lambda e: e.ours)
+    paths = [pooled(lambda e, i=i: e.stock[i]) for i in range(len(errors[0].stock))]
+    stock, stock_largest = max(p for p, _ in paths), max(m for _, m in paths)
+    scale, largest_value = pooled(lambda e: e.reference)
+    half = dtype in HALF_DTYPES
+    floor = FLOOR_ULPS * (2.0**-53 if dtype == torch.float64 else 2.0**-24)
+    return Verdict(
+        quantity,
+        error,
+        stock,
+        max((HALF_FACTOR if half else SINGLE_FACTOR) * stock, floor * scale),
+        largest,
+        # storing the largest value already rounds by that much
+        max(CHANNEL_FACTOR * stock_largest, max(floor, errors[0].unit_roundoff) * largest_value),
+    )
+
+
+def compare(
+    case: OpCase, dtype: torch.dtype, layout: str, seed: int, device: str = "cpu"
+) -> dict[str, Errors]:
+    """Run the fused op, stock's paths and the float64 reference on the same inputs.
+
+    Gradients are compared with the reference along the branches each implementation's own ReLUs
+    and max-pools took: where a value rounds across zero either branch is right, and a single
+    such element would outweigh all rounding. The output itself is compared with the plain
+    reference, so a wrong branch shows there.
+    """
+    tensors = case.inputs(seed, dtype, device)
+    exact = {k: v.double() for k, v in tensors.items()}
+    plain = case.run(_Reference(), exact, None, "nchw")
+    shape = plain["y"].shape
+    dy = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1)).to(device, dtype)
+
+    def run(ops: Any, pool_index: Callable, layout: str) -> tuple[Tensors, Tensors]:
+        recording = _Recording(ops, pool_index)
+        case.run(recording, tensors, None, layout)
+        branches = [b if b.dtype == torch.int64 else b.double() for b in recording.branches]
+        ref = case.run(_Reference(branches), exact, dy.double(), "nchw")
+        return case.run(ops, tensors, dy, layout), ref | plain
+
+    got, ref = run(fused_ops, _fused_pool_index, layout)
+    assert set(got) == set(ref), f"{sorted(got)} against {sorted(ref)}"
+    stock = [run(stock_ops, _stock_pool_index, stock_layout) for stock_layout in LAYOUTS]
+    return {k: _errors(got[k], ref[k], [(s[k], r[k]) for s, r in stock]) for k in ref}
+
+
+def judge_seeds(
+    case: OpCase, dtype: torch.dtype, seeds: int, device: str = "cpu"
+) -> list[Verdict]:
+    """The worst verdict of each quantity over pools of ``seeds`` inputs, both layouts by turns."""
+    layouts = list(LAYOUTS)
+    runs = [compare(case, dtype, layouts[i % 2], i, device) for i in range(seeds)]
+    verdicts = []
+    for quantity, first in runs[0].items():
+        per_pool = min(seeds, max(POOL_INPUTS, -(-POOL_VALUES // first.values)))
+        pools = [
+            [r[quantity] for r in runs[i : i + per_pool]]
+            for i in range(0, seeds - per_pool + 1, per_pool)
+        ]
+        worst = max((judge(quantity, p, dtype) for p in pools), key=lambda v: _ratio(v.error, v.limit))
+        # a largest error is one over all inputs
+        overall = judge(quantity, [r[quantity] for r in runs], dtype)
+        verdicts.append(
+            worst._replace(
+                channel_error=overall.channel_error, channel_limit=overall.channel_limit
+            )
+        )
+    return verdicts
