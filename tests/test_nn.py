@@ -36,6 +36,15 @@ from resfast.nn.blocks import projection
 RTOL = 1e-10
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tensors are small: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Norms with gammas of both signs and running statistics that are not 0 and 1."""
     torch.manual_seed(seed)

@@ -127,7 +127,29 @@ def _scratch_statistics(module: nn.Module) -> Iterator[None]:
             m._buffers[name] = buffer
 
 
-class ResidualBlock(Fusible):
+class Block(Fusible):
+    """A residual block of any kind: a forward that may be checkpointed, and a plan."""
+
+    checkpoint: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.checkpoint or not torch.is_grad_enabled() or isinstance(x, fx.Proxy):
+            return self._forward(x)
+        options = {}
+        # Fused ops, and compiled graphs, count a batch once by themselves.
+        if not torch.compiler.is_compiling() and any(r.op == "unfused" for r in self.plan()):
+            options["context_fn"] = lambda: (contextlib.nullcontext(), _scratch_statistics(self))
+        return checkpoint(self._forward, x, use_reentrant=False, **options)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def plan(self) -> list[PlanRow]:
+        """What forward would call now, row by row: children, op, and what prevents more fusion."""
+        raise NotImplementedError
+
+
+class ResidualBlock(Block):
     """relu(F(x) + shortcut(x)) with F a chain of conv+bn+relu: what both block kinds share.
 
     A subclass sets conv1, bn1, … and lists them in ``layer_names``. ``downsample`` is None, or
@@ -165,18 +187,6 @@ class ResidualBlock(Fusible):
     def last_norm(self) -> nn.Module:
         """The norm whose zeroed gamma makes the block an identity at the start."""
         return getattr(self, self.layer_names[-1][1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.checkpoint or not torch.is_grad_enabled() or isinstance(x, fx.Proxy):
-            return self._forward(x)
-        if self._block_reason() is None:  # the op itself counts its statistics once
-            return checkpoint(self._forward, x, use_reentrant=False)
-        return checkpoint(
-            self._forward,
-            x,
-            use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), _scratch_statistics(self)),
-        )
 
     def _forward(self, x: Tensor) -> Tensor:
         if isinstance(x, fx.Proxy) or self._block_reason() is not None:
@@ -260,7 +270,6 @@ class ResidualBlock(Fusible):
         return reason
 
     def plan(self) -> list[PlanRow]:
-        """What forward would call now, row by row: children, op, and what prevents more fusion."""
         names = [name for pair in self.layer_names for name in pair]
         why = self._block_reason()
         if self.downsample is not None:
@@ -471,7 +480,7 @@ def check_stride_position(stride_position: str) -> None:
         raise ValueError(f"stride_position must be '3x3' or '1x1', got {stride_position!r}")
 
 
-class PreActBlock(Fusible):
+class PreActBlock(Block):
     """Pre-activation block, arXiv:1603.05027: each norm+ReLU comes before its convolution.
 
     bn1 and ReLU run alone (``bn_act``), every later norm joins the convolution before it
@@ -513,18 +522,6 @@ class PreActBlock(Fusible):
     # (convolution, the norm that follows it); the last convolution has none.
     layer_names: tuple[tuple[str, str], ...] = (("conv1", "bn2"),)
     last_conv = "conv2"
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.checkpoint or not torch.is_grad_enabled() or isinstance(x, fx.Proxy):
-            return self._forward(x)
-        if all(row.op != "unfused" for row in self.plan()):
-            return checkpoint(self._forward, x, use_reentrant=False)
-        return checkpoint(
-            self._forward,
-            x,
-            use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), _scratch_statistics(self)),
-        )
 
     def _forward(self, x: Tensor) -> Tensor:
         a = x

@@ -1,0 +1,719 @@
+"""The model families: torchvision's state dicts, weights and numbers, every option, every tool."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+import statistics
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import resfast.models as models
+from resfast.models import PreActResNet, ResNet, SimpleResNet, create_model, list_models
+from resfast.nn import BasicBlock, Bottleneck, PreActBlock, PreActBottleneck, unfused
+
+NAMES = [
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
+SINGLE_FACTOR = 1.5  # fp32: error allowed over the worst of stock's own layouts
+SINGLE_FLOOR = 8 * 2.0**-24
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tensors are small: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tv():
+    return pytest.importorskip("torchvision.models", reason="torchvision is the reference")
+
+
+def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def step(model: nn.Module, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """Loss, logits, gradients and buffers of one training step without the update."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    y = model(x)
+    y = torch.cat([t.mean((2, 3)) for t in y], 1) if isinstance(y, list) else y
+    loss = F.cross_entropy(y, torch.arange(len(x)) % y.shape[1])
+    loss.backward()
+    result = {"loss": loss.detach(), "y": y.detach()}
+    result |= {f"d {k}": p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    return result | {k: b.clone() for k, b in model.named_buffers()}
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    return float((a - b).norm().detach() / b.norm().detach().clamp_min(1e-30))
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], rtol: float = 1e-8) -> None:
+    """Float64 runs of two implementations: only the order of summation differs.
+
+    1e-8 is 2⁻⁵³ times the depth times the amplification of the last stages' norms over a few
+    values; a convolution's bias before a batch norm has gradient 0 but for rounding.
+    """
+    assert got.keys() == want.keys()
+    for k in want:
+        error = float((got[k].double() - want[k].double()).abs().max())
+        assert error <= rtol * max(float(want[k].abs().max()), 1e-3), f"{k}: {error}"
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    torch.manual_seed(3)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.weight, 1.0, 0.2)
+            nn.init.normal_(m.bias, 0.0, 0.2)
+            m.running_mean.normal_(0, 0.2)
+            m.running_var.uniform_(0.5, 2.0)
+    return model
+
+
+# ---- torchvision's twin
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_dict_is_torchvisions(tv, name):
+    with torch.device("meta"):
+        ours, theirs = create_model(name), getattr(tv, name)()
+    shapes = [(k, v.shape, v.dtype) for k, v in ours.state_dict().items()]
+    assert shapes == [(k, v.shape, v.dtype) for k, v in theirs.state_dict().items()]
+    strides = [m.stride for m in ours.modules() if isinstance(m, nn.Conv2d)]
+    assert strides == [m.stride for m in theirs.modules() if isinstance(m, nn.Conv2d)]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_same_seed_same_weights_and_strict_loads(tv, name):
+    torch.manual_seed(0)
+    ours = create_model(name, num_classes=10, zero_init_residual=name == "resnet50")
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    theirs = getattr(tv, name)(num_classes=10, zero_init_residual=name == "resnet50")
+    assert torch.equal(after, torch.rand(1))
+    for k, v in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[k], v), k
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+
+
+def test_dilated_state_and_geometry_are_torchvisions(tv):
+    options = {"replace_stride_with_dilation": [False, True, True], "num_classes": 2}
+    with torch.device("meta"):
+        ours, theirs = create_model("resnet50", **options), tv.resnet50(**options)
+    convs = [
+        [(m.stride, m.padding, m.dilation) for m in net.modules() if isinstance(m, nn.Conv2d)]
+        for net in (ours, theirs)
+    ]
+    assert convs[0] == convs[1]
+
+
+def pair(tv, name: str) -> tuple[nn.Module, nn.Module]:
+    theirs = randomise(getattr(tv, name)(num_classes=10))
+    ours = create_model(name, num_classes=10)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_float64_step_is_torchvisions(tv, name):
+    ours, theirs = (m.double() for m in pair(tv, name))
+    x = images(2, 3, 40, 40, dtype=torch.float64)
+    assert_same(step(ours, x), step(theirs, x))
+    assert int(ours.layer4[0].downsample[1].num_batches_tracked) == 1
+    ours.eval(), theirs.eval()
+    with torch.no_grad():
+        assert relative(ours(x), theirs(x)) < 1e-10
+    assert relative(ours(x), theirs(x)) < 1e-10
+
+
+def stock_runs(theirs: nn.Module, x: Tensor, run) -> list:
+    """Stock's own layouts, whose worst error is the measure."""
+    runs = []
+    for layout, onednn in (
+        (torch.contiguous_format, True),
+        (torch.channels_last, True),
+        (torch.contiguous_format, False),
+    ):
+        with torch.backends.mkldnn.flags(enabled=onednn):
+            model = copy.deepcopy(theirs).to(memory_format=layout)
+            runs.append(run(model, x.contiguous(memory_format=layout)))
+    return runs
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_float32_eval_error(tv, name):
+    ours, theirs = (m.eval() for m in pair(tv, name))
+    exact = copy.deepcopy(theirs).double()
+    with torch.no_grad():
+        for seed in range(5):
+            x = images(2, 3, 40, 40, seed=seed)
+            want = exact(x.double())
+            worst = max(relative(y, want) for y in stock_runs(theirs, x, lambda m, x: m(x)))
+            assert relative(ours(x), want) <= max(SINGLE_FACTOR * worst, SINGLE_FLOOR)
+
+
+def test_float32_training_error(tv):
+    """Each quantity's error over the worst of stock's layouts, five batches.
+
+    What goes forward is continuous: the worst batch counts. A gradient jumps where some ReLU's
+    input rounds across zero, in stock as here and in neither's favour: the median batch counts.
+    """
+    ours, theirs = pair(tv, "resnet18")
+    exact = copy.deepcopy(theirs).double()
+    depth = 18
+    ratios: dict[str, list[float]] = {}
+    for seed in range(5):
+        x = images(2, 3, 40, 40, seed=seed)
+        want = step(copy.deepcopy(exact), x.double())
+        stock = stock_runs(theirs, x, step)
+        got = step(copy.deepcopy(ours), x)
+        for k, v in want.items():
+            if not v.is_floating_point():
+                assert torch.equal(got[k], v)
+                continue
+            # the loss is one number, which can be right by luck: a rounding per layer for it
+            floor = SINGLE_FLOOR * (depth if k == "loss" else 1)
+            limit = max(SINGLE_FACTOR * max(relative(s[k], v) for s in stock), floor)
+            ratios.setdefault(k, []).append(relative(got[k], v) / limit)
+    for k, r in ratios.items():
+        value = statistics.median(r) if k.startswith("d ") else max(r)
+        assert value <= 1, f"{k}: {value} of the limit"
+
+
+def test_timm_resnet_d_and_its_numbers():
+    timm = pytest.importorskip("timm", reason="timm is the reference for ResNet-D")
+    theirs = randomise(timm.create_model("resnet50d", num_classes=10)).double().eval()
+    ours = models.resnet50(num_classes=10, stem="deep", shortcut="d").double().eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = images(1, 3, 65, 63, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative(ours(x), theirs(x)) < 1e-10
+
+
+# ---- options
+
+
+def small(block: type = BasicBlock, **options) -> ResNet:
+    torch.manual_seed(0)
+    return ResNet(block, [1, 1, 1, 1], 5, **options)
+
+
+OPTIONS = {
+    "default": {},
+    "bottleneck": {"block": Bottleneck},
+    "zero_init": {"zero_init_residual": True},
+    "groups": {"block": Bottleneck, "groups": 4, "width_per_group": 8},
+    "wide_basic": {"width_per_group": 96},
+    "dilated": {"replace_stride_with_dilation": [False, True, True]},
+    "in_channels": {"in_channels": 1},
+    "cifar": {"stem": "cifar", "output_stride": 16},
+    "deep": {"stem": "deep"},
+    "v1": {"block": Bottleneck, "stride_position": "1x1"},
+    "d": {"block": Bottleneck, "shortcut": "d"},
+    "se": {"se": 8},
+    "antialias": {"antialias": True},
+    "everything": {
+        "block": Bottleneck,
+        "se": True,
+        "antialias": True,
+        "shortcut": "d",
+        "stem": "deep",
+        "drop_path": 0.3,
+        "output_stride": 16,
+        "checkpoint": True,
+        "memory_efficient": True,
+    },
+    "drop_path": {"drop_path": 0.5},
+    "output_stride": {"output_stride": 8},
+    "memory_efficient": {"block": Bottleneck, "memory_efficient": True},
+    "checkpoint": {"checkpoint": True},
+    "features_only": {"features_only": True},
+    "group_norm": {"norm_layer": lambda c: nn.GroupNorm(8, c)},
+    "no_affine": {"norm_layer": lambda c: nn.BatchNorm2d(c, affine=False)},
+    "no_buffers": {"norm_layer": lambda c: nn.BatchNorm2d(c, track_running_stats=False)},
+}
+
+
+def check_against_stock(model: nn.Module, x: Tensor) -> None:
+    """A step in training, then eval, equal the unfused twin's."""
+    model = model.double()
+    stock = unfused(model)
+    assert_same(step(model, x), step(stock, x))
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), stock.parameters(), strict=True):
+            if p.grad is not None:
+                p -= 0.1 * p.grad
+                q.copy_(p)
+    model.eval(), stock.eval()
+    with torch.no_grad():
+        got, want = model(x), stock(x)
+    for a, b in zip(*((t if isinstance(t, list) else [t]) for t in (got, want)), strict=True):
+        assert relative(a, b) < 1e-9
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_equals_its_unfused_twin(option):
+    model = small(**OPTIONS[option])
+    size = (12, 10) if option == "cifar" else (40, 36)
+    check_against_stock(model, images(2, model_channels(model), *size, dtype=torch.float64))
+
+
+def model_channels(model: nn.Module) -> int:
+    return next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
+
+
+@pytest.mark.parametrize("block", [PreActBlock, PreActBottleneck])
+@pytest.mark.parametrize("options", [{}, {"stem": "cifar"}, {"drop_path": 0.4, "checkpoint": True}])
+def test_preact_equals_its_unfused_twin(block, options):
+    model = PreActResNet(block, [1, 2, 1, 1], 5, **options)
+    size = (12, 10) if "stem" in options else (36, 40)
+    check_against_stock(model, images(2, 3, *size, dtype=torch.float64))
+
+
+def test_preact_formula():
+    model = randomise(PreActResNet(PreActBlock, [1, 1, 1, 1], 3)).double().eval()
+    x = images(2, 3, 48, 48, dtype=torch.float64)
+    a = model.maxpool(model.bn1(model.conv1(x)).relu())
+    for i, stage in enumerate((model.layer1, model.layer2, model.layer3, model.layer4)):
+        (block,) = stage
+        assert (block.bn1 is None) == (i == 0)
+        pre = a if block.bn1 is None else block.bn1(a).relu()
+        shortcut = a if block.downsample is None else block.downsample(pre)
+        a = block.conv2(block.bn2(block.conv1(pre)).relu()) + shortcut
+    a = model.bn2(a).relu()
+    torch.testing.assert_close(model(x), model.fc(a.mean((2, 3))))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_simple_resnet_equals_its_unfused_twin(channels):
+    check_against_stock(
+        SimpleResNet(channels, 4, 8), images(3, channels, 9, 8, dtype=torch.float64)
+    )
+
+
+def test_simple_resnet_formula():
+    model = randomise(SimpleResNet(channels=8)).double().eval()
+    assert all(m.bias is not None for m in model.modules() if isinstance(m, nn.Conv2d))
+    assert all(row.op == "conv_bn_act" for row in model.plan())
+    x = images(2, 3, 8, 8, dtype=torch.float64)
+    y = model.bn1(model.conv1(x)).relu()
+    y = model.bn2(model.conv2(y)).relu() + model.shortcut(x)
+    torch.testing.assert_close(model(x), model.fc(y.mean((2, 3))))
+    assert model.conv1.out_channels == 8
+    assert SimpleResNet().conv1.out_channels == 64
+
+
+def test_zero_init_makes_blocks_shortcuts():
+    model = small(Bottleneck, zero_init_residual=True)
+    assert float(model.layer2[0].bn3.weight.abs().max()) == 0
+    assert float(model.layer2[0].bn2.weight.min()) == 1
+
+
+def test_drop_path_grows_linearly():
+    model = ResNet(BasicBlock, [2, 1, 1, 1], 2, drop_path=0.4)
+    blocks = [m for m in model.modules() if isinstance(m, BasicBlock)]
+    assert [b.drop_path.p if b.drop_path else 0 for b in blocks] == pytest.approx(
+        [0, 0.1, 0.2, 0.3, 0.4]
+    )
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+@pytest.mark.parametrize(
+    ("block", "options"),
+    [(BasicBlock, {}), (Bottleneck, {}), (Bottleneck, {"stride_position": "1x1"})],
+)
+def test_dilation_refines_the_strided_features(block, options, output_stride):
+    """Every (32/output_stride)-th value of the dilated map is the strided network's."""
+    torch.manual_seed(0)
+    coarse = randomise(ResNet(block, [1, 1, 1, 2], 2, **options)).double().eval()
+    fine = ResNet(block, [1, 1, 1, 2], 2, output_stride=output_stride, **options).double().eval()
+    fine.load_state_dict(coarse.state_dict())
+    x = images(1, 3, 64, 32, dtype=torch.float64)
+    every = 32 // output_stride
+    with torch.no_grad():
+        a, b = coarse.forward_features(x), fine.forward_features(x)
+    assert b.shape[2:] == (64 // output_stride, 32 // output_stride)
+    assert relative(b[:, :, ::every, ::every], a) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"block": Bottleneck},
+        {"stem": "cifar"},
+        {"stem": "deep", "antialias": True},
+        {"output_stride": 8},
+        {"shortcut": "d", "antialias": True},
+    ],
+)
+def test_feature_extraction(options):
+    model = small(**options, features_only=True)
+    assert not hasattr(model.fc, "weight")
+    x = images(1, 3, 70, 59) if model.stem_reduction == 4 else images(1, 3, 35, 30)
+    maps = model(x)
+    assert [i.name for i in model.feature_info] == ["layer1", "layer2", "layer3", "layer4"]
+    for t, info in zip(maps, model.feature_info, strict=True):
+        # every stage rounds up
+        size = tuple(math.ceil(n / info.reduction) for n in x.shape[2:])
+        assert t.shape == (1, info.channels, *size)
+        assert t.is_contiguous(memory_format=torch.channels_last)
+    assert model.forward_features(x).shape == maps[-1].shape
+
+
+def test_head_and_classifier():
+    model = small()
+    x = images(2, 3, 40, 40)
+    model.eval()
+    features = model.forward_features(x)
+    torch.testing.assert_close(model(x), model.forward_head(features))
+    assert model.num_features == 512
+    model.double().reset_classifier(7)
+    assert model.fc.weight.dtype == torch.float64
+    assert model(x.double()).shape == (2, 7)
+    model.reset_classifier(0)
+    torch.testing.assert_close(
+        model(x.double()), features.double().mean((2, 3)), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("build", [small, lambda: PreActResNet(PreActBlock, [1, 1, 1, 1], 5)])
+def test_any_memory_format_gives_the_same(build):
+    model = build().eval()
+    x = images(2, 3, 40, 40)
+    want = model(x)
+    for other in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().mT):
+        assert torch.equal(model(other), want)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_checkpoint_is_bitwise_and_counts_once(fused):
+    plain, checkpointed = small(Bottleneck), small(Bottleneck, checkpoint=True)
+    if not fused:
+        plain, checkpointed = unfused(plain), unfused(checkpointed)
+    x = images(2, 3, 40, 40)
+    got, want = step(checkpointed, x), step(plain, x)
+    for k in want:
+        assert torch.equal(got[k], want[k]), k
+    counts = {int(v) for k, v in got.items() if k.endswith("num_batches_tracked")}
+    assert counts == {1}
+
+
+def test_checkpoint_saves_less():
+    def saved(model: nn.Module) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = model(images(2, 3, 64, 64))
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        del y
+        return sum(n for k, n in sizes.items() if k not in parameters)
+
+    def build(**options) -> nn.Module:
+        return ResNet(Bottleneck, [2, 2, 2, 2], 5, **options)
+
+    full, stock = saved(build()), saved(unfused(build()))
+    assert full < 0.9 * stock
+    assert saved(build(memory_efficient=True)) < 0.75 * full
+    assert saved(build(checkpoint=True)) < 0.5 * full
+
+
+# ---- plans
+
+
+def test_plans():
+    model = small(Bottleneck)
+    for m in model.modules():
+        if isinstance(m, Bottleneck):
+            assert [row.op for row in m.plan()] == ["residual_block"]
+    assert [row.op for row in model.plan()] == ["bn_act_max_pool"]
+    assert model.plan()[0].children == ("conv1", "bn1", "relu", "maxpool")
+    model.eval()
+    with torch.no_grad():
+        assert [row.op for row in model.plan()] == ["conv_bn_act", "unfused"]
+    assert {row.op for row in unfused(model).plan()} == {"unfused"}
+    deep = small(stem="deep")
+    assert [row.op for row in deep.plan()] == ["conv_bn_act", "conv_bn_act", "bn_act_max_pool"]
+    assert [row.op for row in small(stem="cifar").plan()] == ["conv_bn_act"]
+    preact = PreActResNet(PreActBlock, [1, 1, 1, 1], 5)
+    assert [row.op for row in preact.plan()] == ["bn_act_max_pool", "bn_act"]
+
+
+@pytest.mark.parametrize("child", ["conv1", "bn1", "relu", "maxpool", "avgpool", "fc", "layer1"])
+def test_hooks_on_the_stem_and_head_fire(child):
+    model = small().double()
+    x = images(2, 3, 40, 40, dtype=torch.float64)
+    want = step(unfused(model), x)
+    calls = []
+    model.get_submodule(child).register_forward_hook(lambda *a: calls.append(1))
+    assert_same(step(model, x), want)
+    assert calls == [1]
+    if child in ("bn1", "relu", "maxpool"):
+        assert "bn_act_max_pool" not in [row.op for row in model.plan()]
+
+
+def test_children_run_in_order_are_the_backbone():
+    """What torchvision's IntermediateLayerGetter relies on."""
+    model = small(Bottleneck).eval()
+    x = y = images(2, 3, 40, 40)
+    for name, child in model.named_children():
+        y = torch.flatten(y, 1) if name == "fc" else y
+        y = child(y)
+    torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
+
+
+# ---- tools of PyTorch
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compile_without_graph_breaks(training):
+    torch._dynamo.reset()
+    model = models.resnet18(num_classes=5).train(training)
+    twin = copy.deepcopy(model)
+    x = images(2, 3, 40, 40)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    if training:
+        y = compiled(x)
+        y.square().sum().backward()
+        twin(x).square().sum().backward()
+        grads = zip(model.parameters(), twin.parameters(), strict=True)
+        assert max(relative(p.grad, q.grad) for p, q in grads) < 1e-3
+        assert int(model.layer1[0].bn1.num_batches_tracked) == 1
+    else:
+        with torch.no_grad():
+            assert relative(compiled(x), twin(x)) < 1e-5
+    for a, b in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: small(Bottleneck, checkpoint=True, se=8, drop_path=0.2),
+        lambda: unfused(small(checkpoint=True)),
+        lambda: PreActResNet(PreActBlock, [1, 1, 1, 1], 5),
+        SimpleResNet,
+    ],
+)
+def test_compile_the_other_models(build):
+    torch._dynamo.reset()
+    model = build()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = images(2, 3, 32, 32)
+    torch.manual_seed(0)
+    got = compiled(x)
+    got.sum().backward()
+    torch.manual_seed(0)
+    assert relative(got, twin(x)) < 1e-4
+    for a, b in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_export_holds_fused_ops():
+    model = small(Bottleneck).eval()
+    x = images(2, 3, 40, 40)
+    batch = torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}})
+        ops = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+        assert any(op.startswith("resfast.") for op in ops), ops
+        assert not any("batch_norm" in op for op in ops), ops
+        other = images(5, 3, 40, 40)
+        torch.testing.assert_close(program.module()(other), model(other))
+
+
+@pytest.mark.parametrize(
+    "build", [small, SimpleResNet, lambda: PreActResNet(PreActBottleneck, [1, 1, 1, 1], 5)]
+)
+def test_fx_sees_stock_layers(build):
+    model = build().eval()
+    graph = torch.fx.symbolic_trace(model)
+    called = [n.target for n in graph.graph.nodes if n.op == "call_module"]
+    assert {"conv1", "bn1"} <= set(called)
+    x = images(2, 3, 40, 40)
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_copies_pickles_and_saved_modules():
+    model = small(Bottleneck, se=8, stem="deep")
+    x = images(2, 3, 40, 40)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(file, weights_only=False),
+    ]
+    want = model(x)
+    for other in copies:
+        assert torch.equal(other(x), want)
+
+
+def test_frozen_norms_in_a_training_model():
+    model = small(Bottleneck).double()
+    stock = unfused(model)
+    for net in (model, stock):
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.eval()
+        for p in net.layer1.parameters():
+            p.requires_grad_(False)
+    x = images(2, 3, 40, 40, dtype=torch.float64)
+    got = step(model, x)
+    assert_same(got, step(stock, x))
+    assert not any(k.startswith("d layer1") for k in got)
+    assert {int(v) for k, v in got.items() if k.endswith("num_batches_tracked")} == {0}
+
+
+def test_sync_batch_norm_conversion():
+    model = small(Bottleneck).double()
+    x = images(2, 3, 40, 40, dtype=torch.float64)
+    want = step(unfused(model), x)
+    assert_same(step(nn.SyncBatchNorm.convert_sync_batchnorm(model), x), want)
+
+
+def test_default_device_and_dtype_are_followed():
+    with torch.device("meta"):
+        assert small(antialias=True).conv1.weight.is_meta
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert small(antialias=True)(images(2, 3, 40, 40, dtype=torch.float64)).shape == (2, 5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_learns():
+    torch.manual_seed(0)
+    x, target = torch.randn(16, 3, 8, 8), torch.arange(16) % 4
+    model = SimpleResNet(num_classes=4, channels=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+    assert float(loss) < 0.1
+
+
+# ---- names, weights, errors
+
+
+def test_registry():
+    assert set(NAMES) <= set(list_models())
+    assert len(list_models("preact_*")) == 5
+    assert list_models() == sorted(list_models())
+    assert isinstance(create_model("simple_resnet", channels=4), SimpleResNet)
+    with pytest.raises(ValueError, match=r"resnet19.*resnet18"):
+        create_model("resnet19")
+    with torch.device("meta"):
+        for name in list_models():
+            assert sum(p.numel() for p in create_model(name).parameters()) > 1000
+
+
+def test_hub_entry_points_are_the_registry():
+    import hubconf
+
+    entries = {k for k, v in vars(hubconf).items() if callable(v) and not k.startswith("_")}
+    assert entries == set(list_models())
+
+
+def test_weights_from_a_file(tmp_path):
+    source = models.resnet18(num_classes=3)
+    path = tmp_path / "weights.pt"
+    torch.save(source.state_dict(), path)
+    for form in (path, str(path)):
+        loaded = models.resnet18(weights=form, num_classes=3)
+        assert torch.equal(loaded.fc.weight, source.fc.weight)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        models.resnet18(weights=path)
+
+
+def test_weights_from_an_enumeration():
+    class Weights:
+        meta = {"categories": ["a", "b", "c"]}  # noqa: RUF012
+
+        def get_state_dict(self, progress):
+            self.progress = progress
+            return state
+
+    state = models.resnet18(num_classes=3).state_dict()
+    weights = Weights()
+    model = models.resnet18(weights=weights, progress=False)
+    assert torch.equal(model.fc.weight, state["fc.weight"])
+    assert weights.progress is False
+
+
+def test_weights_that_are_neither():
+    with pytest.raises(FileNotFoundError, match=r"DEFAULT.*no weights"):
+        models.resnet18(weights="DEFAULT")
+    with pytest.raises(TypeError, match="bool"):
+        models.resnet18(weights=True)
+    with pytest.raises(TypeError):
+        models.resnet18(True)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"layers": [1, 1, 1]}, "layers"),
+        ({"layers": [1, 1, 0, 1]}, "layers"),
+        ({"stem": "vgg"}, "stem"),
+        ({"in_channels": 0}, "in_channels"),
+        ({"num_classes": -1}, "num_classes"),
+        ({"output_stride": 4}, "output_stride"),
+        ({"output_stride": 16, "replace_stride_with_dilation": [0, 0, 1]}, "not both"),
+        ({"replace_stride_with_dilation": [True]}, "3-element"),
+        ({"stride_position": "2x2"}, "stride_position"),
+        ({"shortcut": "e"}, "shortcut"),
+        ({"drop_path": 1.0}, "drop_path"),
+    ],
+)
+def test_bad_options(options, word):
+    with pytest.raises(ValueError, match=word):
+        ResNet(BasicBlock, options.pop("layers", [1, 1, 1, 1]), **options)
+
+
+def test_bad_calls():
+    with pytest.raises(TypeError, match="block"):
+        ResNet(PreActBlock, [1, 1, 1, 1])
+    with pytest.raises(TypeError, match="block"):
+        PreActResNet(BasicBlock, [1, 1, 1, 1])
+    with pytest.raises(ValueError, match="channels"):
+        SimpleResNet(channels=0)
+    model = small()
+    with pytest.raises(ValueError, match="4D"):
+        model(torch.randn(3, 32, 32))
+    with pytest.raises(RuntimeError, match="channels"):
+        model(torch.randn(2, 4, 32, 32))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(torch.randn(1, 3, 32, 32))
