@@ -132,6 +132,7 @@ def test_dilated_state_and_geometry_are_torchvisions(tv):
 
 
 def pair(tv, name: str) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
     theirs = randomise(getattr(tv, name)(num_classes=10))
     ours = create_model(name, num_classes=10)
     ours.load_state_dict(theirs.state_dict())
@@ -166,14 +167,18 @@ def stock_runs(theirs: nn.Module, x: Tensor, run) -> list:
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_float32_eval_error(tv, name):
+    """On the last feature map: ten logits are too few to compare errors by."""
     ours, theirs = (m.eval() for m in pair(tv, name))
-    exact = copy.deepcopy(theirs).double()
+    features = nn.Sequential(*list(theirs.children())[:-2])
+    exact = copy.deepcopy(features).double()
     with torch.no_grad():
         for seed in range(5):
             x = images(2, 3, 40, 40, seed=seed)
             want = exact(x.double())
-            worst = max(relative(y, want) for y in stock_runs(theirs, x, lambda m, x: m(x)))
-            assert relative(ours(x), want) <= max(SINGLE_FACTOR * worst, SINGLE_FLOOR)
+            stock = stock_runs(features, x, lambda m, x: m(x))
+            worst = max(relative(y, want) for y in stock)
+            limit = max(SINGLE_FACTOR * worst, SINGLE_FLOOR)
+            assert relative(ours.forward_features(x), want) <= limit
 
 
 def test_float32_training_error(tv):
@@ -329,8 +334,8 @@ def test_simple_resnet_formula():
 
 def test_zero_init_makes_blocks_shortcuts():
     model = small(Bottleneck, zero_init_residual=True)
-    assert float(model.layer2[0].bn3.weight.abs().max()) == 0
-    assert float(model.layer2[0].bn2.weight.min()) == 1
+    assert float(model.layer2[0].bn3.weight.detach().abs().max()) == 0
+    assert float(model.layer2[0].bn2.weight.detach().min()) == 1
 
 
 def test_drop_path_grows_linearly():
@@ -615,14 +620,14 @@ def test_default_device_and_dtype_are_followed():
 def test_learns():
     torch.manual_seed(0)
     x, target = torch.randn(16, 3, 8, 8), torch.arange(16) % 4
-    model = SimpleResNet(num_classes=4, channels=8)
+    model = SimpleResNet(num_classes=4, channels=16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(30):
+    for _ in range(40):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), target)
         loss.backward()
         optimizer.step()
-    assert float(loss) < 0.1
+    assert float(loss.detach()) < 0.1
 
 
 # ---- names, weights, errors
