@@ -58,7 +58,7 @@ class TrainConfig:
         choices=DTYPES,
     )
     device: str = _option("auto", "cpu, cuda, cuda:N, or auto: cuda where there is one")
-    threads: int = _option(0, "CPU threads; 0 leaves PyTorch's choice")
+    threads: int = _option(0, "CPU threads; 0: one for images up to 16×16, else PyTorch's choice")
     seed: int = _option(0, "seeds the split, the weights, the order and the augmentation")
     image_size: int = _option(
         0, "side images are resized to; 0 means the data's own (synthetic: 32)"

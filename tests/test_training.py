@@ -1,0 +1,618 @@
+"""resfast.training: data, loop, checkpoints, throughput. On the CPU, in one thread."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from resfast.training import checkpoint as ckpt
+from resfast.training.checkpoint import CheckpointError, CheckpointFolder, NonFiniteError
+from resfast.training.config import OptionError, TrainConfig, UserError
+from resfast.training.data import Augment, SeededSampler, load_dataset, stratified_split
+from resfast.training.loop import Stopped, StopSignals, Trainer, TrainStep, learning_rate
+from resfast.training.report import Recorder, binomial_interval
+from resfast.training.throughput import compare, median_interval
+
+CPU = torch.device("cpu")
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_net(classes: int = 10, channels: int = 1) -> nn.Module:
+    """Stock layers with all kinds of state: weights, running statistics, random numbers."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(128, classes),
+    )
+
+
+def make_trainer(folder: Path | None = None, *, losses: list | None = None, **options) -> Trainer:
+    config = TrainConfig(**{"epochs": 2, "seed": 3, "lr": 1e-2, **options})
+    data = load_dataset(config)
+    torch.manual_seed(config.seed)
+    trainer = Trainer(
+        tiny_net(), data, config, folder=None if folder is None else CheckpointFolder(folder)
+    )
+    if losses is not None:
+        trainer.progress = lambda step, loss: losses.append((step, loss))
+    return trainer
+
+
+class StopAfter(StopSignals):
+    """As if SIGTERM came during a trainer's given step."""
+
+    def __init__(self, trainer: Trainer, step: int) -> None:
+        super().__init__()
+        self.trainer = trainer
+        self.step = step
+
+    @property
+    def signum(self) -> int | None:
+        return signal.SIGTERM if self.trainer.step >= self.step else None
+
+    @signum.setter
+    def signum(self, value: int | None) -> None:
+        pass
+
+
+# Data
+
+
+def test_split_is_disjoint_complete_stratified_and_seeded():
+    labels = torch.arange(1000) % 7
+    parts = stratified_split(labels, [0.2, 0.1], seed=1)
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(1000))
+    for part, share in zip(parts, (0.2, 0.1, 0.7), strict=True):
+        counts = labels[part].bincount(minlength=7)
+        assert (counts - share * 1000 / 7).abs().max() <= 1.5
+    again = stratified_split(labels, [0.2, 0.1], seed=1)
+    other = stratified_split(labels, [0.2, 0.1], seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
+    assert not torch.equal(parts[0], other[0])
+
+
+def test_digits_are_all_there_once_and_normalised_by_the_training_part():
+    data = load_dataset(TrainConfig())
+    assert sum(data.sizes().values()) == 1797
+    assert data.sizes()["test"] >= 350
+    everything = torch.cat([p.pixels.flatten(1) for p in (data.train, data.validation, data.test)])
+    assert len(everything.unique(dim=0)) == 1797
+    inputs = data.normalise(data.train.pixels)
+    assert abs(inputs.mean()) < 1e-4
+    assert abs(inputs.std() - 1) < 1e-3
+
+
+def test_fingerprint_changes_with_the_split_and_with_one_label():
+    data = load_dataset(TrainConfig(seed=0))
+    before = data.fingerprint()
+    assert before == load_dataset(TrainConfig(seed=0)).fingerprint()
+    assert before != load_dataset(TrainConfig(seed=1)).fingerprint()
+    data.test.labels[0] = (data.test.labels[0] + 1) % 10
+    assert before != data.fingerprint()
+
+
+def test_sampler_hands_out_each_index_at_most_once_and_continues_where_it_was():
+    whole = SeededSampler(103, 10, seed=5)
+    batches = list(whole)
+    assert len(batches) == 10
+    assert len(torch.cat(batches).unique()) == 100
+    first = SeededSampler(103, 10, seed=5)
+    for _ in range(4):
+        next(iter(first))
+    second = SeededSampler(103, 10, seed=5)
+    second.load_state_dict(first.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(second, batches[4:], strict=True))
+    whole.next_epoch()
+    assert not torch.equal(torch.cat(list(whole)), torch.cat(batches))
+
+
+def test_sampler_refuses_a_batch_larger_than_the_set_and_another_sets_state():
+    with pytest.raises(OptionError, match=r"--batch-size 20 .* 10 training images"):
+        SeededSampler(10, 20, seed=0)
+    sampler = SeededSampler(10, 2, seed=0)
+    with pytest.raises(UserError, match="another number of images"):
+        sampler.load_state_dict(SeededSampler(12, 2, seed=0).state_dict())
+
+
+def test_augment_shifts_by_whole_pixels_within_bounds_and_repeats():
+    image = torch.zeros(64, 1, 8, 8)
+    image[:, :, 4, 4] = 1
+    out = Augment(2, False, seed=0)(image, epoch=0, batch=0)
+    assert out.shape == image.shape
+    assert torch.equal(out.sum((1, 2, 3)), torch.ones(64))
+    rows, columns = out.nonzero()[:, 2:].T
+    assert set(rows.tolist()) == set(columns.tolist()) == {2, 3, 4, 5, 6}
+    assert torch.equal(out, Augment(2, False, seed=0)(image, epoch=0, batch=0))
+    assert not torch.equal(out, Augment(2, False, seed=0)(image, epoch=0, batch=1))
+
+
+def test_augment_mirrors_some_images_only():
+    image = torch.rand(64, 3, 4, 4)
+    out = Augment(0, True, seed=0)(image, epoch=0, batch=0)
+    same = (out == image).flatten(1).all(1)
+    mirrored = (out == image.flip(3)).flatten(1).all(1)
+    assert (same ^ mirrored).all()
+    assert 16 <= mirrored.sum() <= 48
+
+
+def write_image_tree(root: Path, count: int = 6, split: tuple[str, ...] = ("train", "test")):
+    image_module = pytest.importorskip("PIL.Image")
+    for number, part in enumerate(split):
+        for label, name in enumerate(("cat", "dog", "owl")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                colour = (80 * label, 10 * i, 100 * number)
+                image_module.new("RGB", (12, 10), colour).save(root / part / name / f"{i}.png")
+
+
+def need_torchvision():
+    try:
+        import torchvision  # noqa: F401
+    except Exception as error:
+        pytest.skip(f"image folders are read by torchvision: {error}")
+
+
+def test_folder_with_train_and_test_keeps_them_apart(tmp_path):
+    need_torchvision()
+    write_image_tree(tmp_path)
+    data = load_dataset(TrainConfig(data=str(tmp_path)))
+    assert data.classes == ["cat", "dog", "owl"]
+    assert data.image_shape == (3, 10, 12)
+    assert data.sizes() == {"train": 15, "validation": 3, "test": 18}
+    assert data.train.pixels[:, 2].unique().tolist() == [0]
+    assert data.test.pixels[:, 2].unique().tolist() == [100]
+    assert torch.equal(data.test.pixels[:, 0, 0, 0].long(), 80 * data.test.labels)
+    resized = load_dataset(TrainConfig(data=str(tmp_path), image_size=6))
+    assert resized.image_shape == (3, 6, 6)
+
+
+@pytest.mark.parametrize("break_it", ["missing class", "not an image", "no classes"])
+def test_folder_that_cannot_be_used_says_why(tmp_path, break_it):
+    need_torchvision()
+    write_image_tree(tmp_path)
+    if break_it == "missing class":
+        for file in (tmp_path / "test" / "owl").iterdir():
+            file.unlink()
+        (tmp_path / "test" / "owl").rmdir()
+        expected = "different classes.*owl"
+    elif break_it == "not an image":
+        (tmp_path / "train" / "cat" / "0.png").write_bytes(b"no image")
+        expected = "cannot read image .*0.png"
+    else:
+        tmp_path = tmp_path / "train" / "cat"
+        expected = "find any class folder"
+    with pytest.raises(UserError, match=expected):
+        load_dataset(TrainConfig(data=str(tmp_path)))
+
+
+# Loop
+
+
+def test_one_epoch_lowers_the_loss():
+    trainer = make_trainer(epochs=1)
+    before = trainer.evaluate(trainer.data.validation).loss
+    trainer.fit()
+    assert trainer.evaluate(trainer.data.validation).loss < 0.8 * before
+
+
+def test_short_run_reaches_the_threshold_on_images_never_seen():
+    from resfast.training.model import create_for
+
+    config = TrainConfig(epochs=8, lr=3e-3, seed=0)
+    data = load_dataset(config)
+    torch.manual_seed(0)
+    trainer = Trainer(create_for("resnet8", data.image_shape, 10), data, config)
+    trainer.fit()
+    assert trainer.evaluate(data.test).accuracy >= 0.96
+
+
+def test_learning_rate_warms_up_and_ends_near_zero():
+    rates = [learning_rate(step, 200, 1.0) for step in range(200)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == 1.0
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[-1] < 1e-3
+
+
+@pytest.mark.parametrize(("l1", "l2"), [(0.0, 0.0), (0.03, 0.0), (0.0, 0.2), (0.03, 0.2)])
+def test_penalties_change_the_gradient_as_computed_by_hand(l1, l2):
+    """SGD's first step is lr·(1 + momentum)·gradient, Nesterov's momentum starting from zero."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 10)
+    ).double()
+    inputs, labels = torch.randn(8, 1, 8, 8).double(), torch.arange(8)
+    before = {k: p.detach().clone() for k, p in model.named_parameters()}
+    nn.functional.cross_entropy(model(inputs), labels).backward()
+    bare = {k: p.grad.clone() for k, p in model.named_parameters()}
+
+    config = TrainConfig(optimizer="sgd", lr=0.1, l1=l1, l2=l2)
+    step = TrainStep(model, config, CPU)
+    step.forward = model  # the step's own forward returns float32
+    step(inputs, labels)
+    for name, parameter in model.named_parameters():
+        expected = bare[name]
+        if name in ("0.weight", "3.weight"):
+            expected = expected + l1 * before[name].sign() + l2 * before[name]
+        change = (before[name] - parameter.detach()) / (0.1 * 1.9)
+        torch.testing.assert_close(change, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_trains(dtype):
+    trainer = make_trainer(epochs=1, dtype=dtype)
+    assert trainer.train_step.scaler.is_enabled() == (dtype == "float16")
+    before = trainer.evaluate(trainer.data.validation).loss
+    trainer.fit()
+    assert trainer.evaluate(trainer.data.validation).loss < 0.9 * before
+
+
+@pytest.mark.parametrize("stop_after", [1, 7, 19, 25, 37])
+def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path, stop_after):
+    """19 steps an epoch: stops inside both epochs, and after the first's last step."""
+    expected: list = []
+    whole = make_trainer(losses=expected)
+    rows: list = []
+    whole.record = rows.append
+    whole.fit()
+    assert len(expected) == 38
+
+    losses: list = []
+    first = make_trainer(tmp_path, losses=losses)
+    first_rows: list = []
+    first.record = first_rows.append
+    first.stop = StopAfter(first, stop_after)
+    with pytest.raises(Stopped):
+        first.fit()
+    assert len(losses) == stop_after
+    state, _ = CheckpointFolder(tmp_path).load_latest()
+    torch.manual_seed(99)
+    second = make_trainer(tmp_path, losses=losses)
+    second.record = first_rows.append
+    second.load_state_dict(state)
+    second.fit()
+    assert losses == expected
+    for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(whole.model.buffers(), second.model.buffers(), strict=True):
+        assert torch.equal(a, b)
+    timeless = [
+        [{k: v for k, v in row.items() if "second" not in k} for row in part]
+        for part in (rows, first_rows)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_resume_refuses_other_data(tmp_path):
+    trainer = make_trainer(tmp_path, epochs=1)
+    trainer.fit()
+    state, _ = CheckpointFolder(tmp_path).load_latest()
+    other = make_trainer(epochs=1, seed=4)
+    with pytest.raises(UserError, match="is not what this run was trained on"):
+        other.load_state_dict(state)
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, epochs=3)
+    original = trainer.batch
+
+    def poisoned(indices):
+        inputs, labels = original(indices)
+        return (inputs * float("nan") if trainer.step == 30 else inputs), labels
+
+    trainer.batch = poisoned
+    with pytest.raises(NonFiniteError, match=r"loss became nan .*step 31, epoch 2.*00000019"):
+        trainer.fit()
+    state, path = CheckpointFolder(tmp_path).load_latest()
+    assert path.name == "checkpoint-00000019.pt"
+    assert all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_non_finite_statistics_are_never_saved(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.model[1].running_var[3] = float("inf")
+    with pytest.raises(NonFiniteError, match="running_var holds 1 non-finite"):
+        trainer.save()
+    assert not list(tmp_path.iterdir())
+
+
+def test_signals_are_turned_into_a_flag_and_the_handlers_come_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signum == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def state():
+    return {"step": 7, "name": "x", "model": {"w": torch.arange(300.0)}, "rng": (1, [2, None])}
+
+
+def test_checkpoint_round_trip_is_also_a_plain_torch_file(tmp_path, state):
+    path = tmp_path / "a.pt"
+    ckpt.save(path, state)
+    for loaded in (ckpt.load(path), torch.load(path, weights_only=True)):
+        assert torch.equal(loaded["model"]["w"], state["model"]["w"])
+        assert {k: v for k, v in loaded.items() if k != "model"} == {
+            k: v for k, v in state.items() if k != "model"
+        }
+    assert zipfile.ZipFile(path).testzip() is None
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_every_flipped_bit_is_detected(tmp_path, state):
+    path = tmp_path / "a.pt"
+    ckpt.save(path, state)
+    good = path.read_bytes()
+    positions = [*range(0, len(good), 37), len(good) - 1, len(good) - 81, len(good) - 80]
+    for position in positions:
+        bad = bytearray(good)
+        bad[position] ^= 1 << (position % 8)
+        path.write_bytes(bad)
+        with pytest.raises(CheckpointError, match=r"a\.pt is damaged"):
+            ckpt.load(path)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 79, 0.5, -1, -80])
+def test_truncated_and_empty_files_are_detected(tmp_path, state, keep):
+    path = tmp_path / "a.pt"
+    ckpt.save(path, state)
+    good = path.read_bytes()
+    path.write_bytes(good[: int(keep * len(good)) if keep == 0.5 else keep])
+    with pytest.raises(CheckpointError, match=r"a\.pt is damaged"):
+        ckpt.load(path)
+
+
+def test_foreign_files_and_missing_files_are_named(tmp_path):
+    torch.save({"a": 1}, tmp_path / "plain.pt")
+    with pytest.raises(CheckpointError, match=r"plain\.pt is damaged: its checksum is missing"):
+        ckpt.load(tmp_path / "plain.pt")
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*none\.pt"):
+        ckpt.load(tmp_path / "none.pt")
+
+
+def test_code_in_a_checkpoint_is_neither_written_nor_run(tmp_path):
+    with pytest.raises(TypeError, match=r"state\['hook'\] is a"):
+        ckpt.save(tmp_path / "a.pt", {"hook": nn.Linear(1, 1)})
+    ckpt.write_atomically(tmp_path / "b.pt", ckpt._with_checksum(pickled_module()))
+    with pytest.raises(CheckpointError, match=r"b\.pt cannot be read"):
+        ckpt.load(tmp_path / "b.pt")
+
+
+def pickled_module() -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    torch.save(nn.Linear(1, 1), buffer)
+    return buffer.getvalue()
+
+
+def test_kill_between_write_and_rename_leaves_the_old_file(tmp_path, state):
+    folder = CheckpointFolder(tmp_path)
+    folder.save(1, state)
+    script = (
+        "import os, sys, pathlib\n"
+        "from resfast.training import checkpoint\n"
+        "os.replace = lambda a, b: os._exit(137)\n"
+        "checkpoint.save(pathlib.Path(sys.argv[1]), {'step': 2})\n"
+    )
+    target = tmp_path / "checkpoint-00000001.pt"
+    killed = subprocess.run([sys.executable, "-c", script, str(target)], timeout=100)
+    assert killed.returncode == 137
+    leftovers = [p for p in tmp_path.iterdir() if p.suffix == ".tmp"]
+    assert len(leftovers) == 1
+    loaded, path = folder.load_latest()
+    assert (loaded["step"], path) == (7, target)
+    folder.remove_leftovers()
+    assert [p.name for p in tmp_path.iterdir()] == [target.name]
+
+
+def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, state, monkeypatch):
+    path = tmp_path / "a.pt"
+    ckpt.save(path, state)
+    good = path.read_bytes()
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        ckpt.save(path, {"step": 8})
+    assert path.read_bytes() == good
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_folder_keeps_two_and_the_best(tmp_path, state):
+    folder = CheckpointFolder(tmp_path)
+    folder.save_best(state)
+    for step in (9, 10, 100_000_000, 11):
+        folder.save(step, state | {"step": step})
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["best.pt", "checkpoint-00000011.pt", "checkpoint-100000000.pt"]
+    assert folder.load_latest()[0]["step"] == 100_000_000
+
+
+def test_damaged_newest_falls_back_with_a_warning_and_is_set_aside(tmp_path, state):
+    folder = CheckpointFolder(tmp_path)
+    folder.save(1, state | {"step": 1})
+    newest = folder.save(2, state | {"step": 2})
+    newest.write_bytes(newest.read_bytes()[:-200])
+    with pytest.warns(UserWarning, match=r"checkpoint-00000002\.pt is damaged.*00000001\.pt"):
+        loaded, _ = folder.load_latest(set_aside=True)
+    assert loaded["step"] == 1
+    assert (tmp_path / "checkpoint-00000002.pt.damaged").exists()
+    folder.save(2, state | {"step": 2})
+    assert folder.load_latest()[0]["step"] == 2
+
+
+def test_all_damaged_or_none_is_an_error(tmp_path, state):
+    folder = CheckpointFolder(tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        folder.load_latest()
+    folder.save(1, state).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"00000001\.pt is damaged.*no other checkpoint"):
+        folder.load_latest()
+
+
+def test_trainer_writes_plain_finite_checkpoints(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.fit()
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["best.pt", "checkpoint-00000019.pt", "checkpoint-00000038.pt"]
+    best = ckpt.load(tmp_path / "best.pt")
+    assert "optimizer" not in best
+    assert best["best"]["validation_accuracy"] > 0.3
+
+
+# Metrics and throughput
+
+
+def test_rewind_drops_what_will_be_written_again(tmp_path):
+    recorder = Recorder(tmp_path / "metrics.jsonl")
+    for row in (
+        {"kind": "start"},
+        {"kind": "step", "step": 10},
+        {"kind": "epoch", "step": 19, "epoch": 1},
+        {"kind": "step", "step": 20},
+        {"kind": "epoch", "step": 38, "epoch": 2},
+    ):
+        recorder(row)
+    with recorder.path.open("a") as file:
+        file.write('{"kind": "st')
+    recorder.rewind(step=19, epochs=0)
+    rows = [json.loads(line) for line in recorder.path.read_text().splitlines()]
+    assert rows == [{"kind": "start"}, {"kind": "step", "step": 10}]
+
+
+def test_interval_of_a_proportion():
+    """Wilson's interval for 8 of 10 by hand: centre (0.8 + 0.19208) / 1.38416."""
+    low, high = binomial_interval(8, 10)
+    assert (low + high) / 2 == pytest.approx((0.8 + 3.8416 / 20) / 1.38416)
+    assert binomial_interval(10, 10)[1] == pytest.approx(1.0)
+    assert binomial_interval(10, 10)[0] == pytest.approx(10 / 13.8416)
+
+
+class FakeSteps:
+    """Two step functions that advance a clock of their own and note the order."""
+
+    def __init__(self, a: float, b: float, drift: float = 0.0, noise: float = 0.0) -> None:
+        self.now, self.drift, self.calls = 0.0, drift, ""
+        self.seconds = {"a": a, "b": b}
+        self.random = torch.Generator().manual_seed(0)
+        self.noise = noise
+
+    def step(self, name: str) -> None:
+        self.calls += name
+        wobble = 1 + self.noise * (torch.rand((), generator=self.random).item() - 0.5)
+        self.now += self.seconds[name] * wobble * (1 + self.drift * len(self.calls))
+
+    def compare(self, **options):
+        return compare(
+            lambda: self.step("a"), lambda: self.step("b"), 64, clock=lambda: self.now, **options
+        )
+
+
+def test_known_ratio_is_found_through_drift():
+    """The machine slows down threefold over the measurement; the ratio stays 1.5."""
+    fake = FakeSteps(0.1, 0.15, drift=0.02)
+    result = fake.compare(budget=10.0)
+    assert result is not None
+    assert result.ratio == pytest.approx(1.5, rel=0.03)
+    assert result.differs
+    assert 1 < result.low <= result.ratio <= result.high
+    assert fake.calls == "ab" * (len(fake.calls) // 2)
+
+
+def test_rates_are_images_over_median_seconds():
+    result = FakeSteps(0.1, 0.2).compare()
+    assert result is not None
+    assert result.rate_a == pytest.approx(640)
+    assert result.rate_b == pytest.approx(320)
+    assert result.steps_per_sample == 1
+    assert result.verdict().startswith("2.00×")
+
+
+def test_equal_steps_under_noise_are_called_no_difference():
+    result = FakeSteps(0.1, 0.1, noise=0.5).compare()
+    assert result is not None
+    assert not result.differs
+    assert result.verdict().startswith("no difference")
+
+
+def test_short_steps_are_grouped_and_a_stop_ends_the_measurement():
+    result = FakeSteps(0.001, 0.001).compare(budget=1.0)
+    assert result is not None
+    assert result.steps_per_sample == 20
+    fake = FakeSteps(0.1, 0.1)
+    assert fake.compare(stopped=lambda: len(fake.calls) >= 10) is None
+    assert len(fake.calls) == 10
+
+
+@pytest.mark.parametrize(("count", "low"), [(6, 0), (7, 0), (9, 1), (15, 3), (20, 5), (41, 13)])
+def test_ranks_of_the_median_interval(count, low):
+    """The ranks in the tables of the sign test at 95 %, counted from 0."""
+    assert median_interval(count) == (low, count - 1 - low)
+
+
+def test_interrupted_process_leaves_a_usable_checkpoint(tmp_path):
+    """SIGINT in the middle of an epoch of a real process: status 130, then a resumed run ends."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "resfast.cli", "train", "--no-compare", "--quiet"]
+    start = [*command, "--out", str(run), "--epochs", "500", "--threads", "1"]
+    process = subprocess.Popen(start, stderr=subprocess.PIPE, text=True)
+    try:
+        log = run / "metrics.jsonl"
+        deadline = time.monotonic() + 100
+        while not (log.exists() and '"epoch"' in log.read_text()):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert f"resfast train --resume {run}" in errors
+    assert "Traceback" not in errors
+    state, _ = CheckpointFolder(run).load_latest()
+    done = state["sampler"]["epoch"]
+    resumed = subprocess.run(
+        [*command, "--resume", str(run), "--epochs", str(done + 1)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["training"]["epochs"] == done + 1
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    epochs = [row["epoch"] for row in rows if row["kind"] == "epoch"]
+    assert epochs == list(range(1, done + 2))
