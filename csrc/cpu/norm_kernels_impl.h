@@ -13,11 +13,6 @@
 namespace resfast {
 namespace {
 
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
-
 // body(row count as Int, first row, channel, lanes)
 template <int kRows, int kLaneCount, class Body>
 RESFAST_INLINE void for_each_vector(int64_t rows, int64_t channels, const Body& body) {

@@ -34,7 +34,8 @@ const NormPoolKernels& pool_kernels() {
 }
 
 PoolShape check_pool(const Tensor& z, int64_t kernel, int64_t stride, int64_t padding) {
-  STD_TORCH_CHECK(kernel >= 1 && kernel <= 16, "kernel must be 1 to 16, got ", kernel);
+  STD_TORCH_CHECK(kernel >= 1 && kernel <= kMaxPoolKernel, "kernel must be 1 to ", kMaxPoolKernel,
+                  ", got ", kernel);
   STD_TORCH_CHECK(stride >= 1, "stride must be at least 1, got ", stride);
   STD_TORCH_CHECK(padding >= 0 && padding <= kernel / 2,
                   "padding must be 0 to half the kernel size, got ", padding, " for kernel ",

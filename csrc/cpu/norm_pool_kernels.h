@@ -9,6 +9,8 @@
 
 namespace resfast {
 
+constexpr int64_t kMaxPoolKernel = 16;  // taps fit a byte
+
 struct PoolShape {
   int64_t height, width, out_height, out_width, channels;
   int64_t kernel, stride, padding;

@@ -22,12 +22,11 @@ RESFAST_INLINE Range taps(int64_t o, int64_t size, const PoolShape& p) {
   return {first < 0 ? -first : 0, (end > size ? size : end) - first};
 }
 
-// Outputs whose windows hold input coordinate `i`.
-RESFAST_INLINE Range windows(int64_t i, int64_t out_size, const PoolShape& p) {
+// Moves `w` on to the outputs whose windows hold input coordinate `i`; coordinates come in order.
+RESFAST_INLINE void advance_windows(Range& w, int64_t i, int64_t out_size, const PoolShape& p) {
   const int64_t at = i + p.padding;
-  const int64_t begin = at < p.kernel ? 0 : (at - p.kernel) / p.stride + 1;
-  const int64_t end = at / p.stride + 1;
-  return {begin, end > out_size ? out_size : end};
+  while (w.begin < out_size && w.begin * p.stride + p.kernel <= at) ++w.begin;
+  while (w.end < out_size && w.end * p.stride <= at) ++w.end;
 }
 
 template <class S>
@@ -65,15 +64,15 @@ void pool_apply(const PoolApplyTile& t) {
         const V m = load(mean + c, lanes);
         const V s = load(scale + c, lanes);
         const V b = load(beta + c, lanes);
-        V best = V{} - static_cast<A>(__builtin_inff());
+        V best{};  // of the ReLU's outputs: nothing is below 0
         IndexVec<S> index = every_lane<S>(rs.begin * p.kernel + ss.begin);
         for (int64_t tap_r = rs.begin; tap_r < rs.end; ++tap_r) {
           const S* z = sample + ((first_row + tap_r) * p.width + first_column) * p.channels + c;
           for (int64_t tap_s = ss.begin; tap_s < ss.end; ++tap_s) {
-            const V y = relu(affine(load(z + tap_s * p.channels, lanes), m, s, b));
+            const V u = affine(load(z + tap_s * p.channels, lanes), m, s, b);
             // The first maximum; NaN beats all.
-            const IndexVec<S> take = (y > best) | (y != y);
-            best = take ? y : best;
+            const IndexVec<S> take = (u > best) | (u != u);
+            best = take ? u : best;
             if constexpr (HAS_INDEX) {
               index = take ? every_lane<S>(tap_r * p.kernel + tap_s) : index;
             }
@@ -130,6 +129,11 @@ void pool_backward_reduce(const PoolBackwardReduceTile& t) {
   }
 }
 
+// A window that holds an input pixel: the offset of its outputs, and which tap the pixel is.
+struct Holder {
+  int64_t at, tap;
+};
+
 template <class S, bool HAS_COEF_Z, bool HAS_COEF_1>
 void pool_backward_apply(const PoolBackwardApplyTile& t) {
   using A = acc_t<S>;
@@ -143,32 +147,64 @@ void pool_backward_apply(const PoolBackwardApplyTile& t) {
   for (int64_t line = t.begin; line < t.end; ++line) {
     const int64_t row = line % p.height;
     const int64_t sample = line / p.height * p.out_height;
-    const Range rows = windows(row, p.out_height, p);
+    Range rows{0, 0};
+    advance_windows(rows, row, p.out_height, p);
+    Range columns{0, 0};
     for (int64_t column = 0; column < p.width; ++column) {
-      const Range columns = windows(column, p.out_width, p);
-      const int64_t at = (line * p.width + column) * p.channels;
-      for_each_channel<S>(p.channels, [&](int64_t c, auto lanes) RESFAST_INLINE_LAMBDA {
-        const V m = load(mean + c, lanes);
-        const V s = load(scale + c, lanes);
-        const V b = load(beta + c, lanes);
-        const V z = load(static_cast<const S*>(t.z) + at + c, lanes);
-        V du{};
-        for (int64_t r = rows.begin; r < rows.end; ++r) {
+      advance_windows(columns, column, p.out_width, p);
+      Holder holders[kMaxPoolKernel * kMaxPoolKernel];
+      int count = 0;
+      for (int64_t r = rows.begin; r < rows.end; ++r) {
+        for (int64_t q = columns.begin; q < columns.end; ++q) {
           const int64_t tap_r = row + p.padding - r * p.stride;
-          for (int64_t q = columns.begin; q < columns.end; ++q) {
-            const int64_t tap_s = column + p.padding - q * p.stride;
-            const int64_t from = ((sample + r) * p.out_width + q) * p.channels + c;
-            const IndexVec<S> index = load_index<S>(t.index + from, lanes);
-            const V dy = load(static_cast<const S*>(t.dy) + from, lanes);
-            du += index == every_lane<S>(tap_r * p.kernel + tap_s) ? dy : V{};
-          }
+          const int64_t tap_s = column + p.padding - q * p.stride;
+          const int64_t at = ((sample + r) * p.out_width + q) * p.channels;
+          holders[count++] = {at, tap_r * p.kernel + tap_s};
+          __asm__ volatile("");  // a handful of turns: vectorised, they cost more than the rest
         }
-        du = relu_backward(du, affine(z, m, s, b));
-        V v = s * du;
-        if constexpr (HAS_COEF_1) v += load(coef_1 + c, lanes);
-        if constexpr (HAS_COEF_Z) v += load(coef_z + c, lanes) * (z - m);
-        store(static_cast<S*>(t.dz) + at + c, v, lanes);
-      });
+      }
+      const int64_t at = (line * p.width + column) * p.channels;
+      // kCount: a number of holders to unroll for, or 0
+      const auto pixel = [&](auto n) RESFAST_INLINE_LAMBDA {
+        constexpr int kCount = decltype(n)::value;
+        for_each_channel<S>(p.channels, [&](int64_t c, auto lanes) RESFAST_INLINE_LAMBDA {
+          const V m = load(mean + c, lanes);
+          const V s = load(scale + c, lanes);
+          const V b = load(beta + c, lanes);
+          const V z = load(static_cast<const S*>(t.z) + at + c, lanes);
+          V du{};
+          const auto add = [&](const Holder& h) RESFAST_INLINE_LAMBDA {
+            const IndexVec<S> index = load_index<S>(t.index + h.at + c, lanes);
+            const V dy = load(static_cast<const S*>(t.dy) + h.at + c, lanes);
+            du += index == every_lane<S>(h.tap) ? dy : V{};
+          };
+          if constexpr (kCount > 0) {
+#pragma GCC unroll 4
+            for (int i = 0; i < kCount; ++i) add(holders[i]);
+          } else {
+            for (int i = 0; i < count; ++i) add(holders[i]);
+          }
+          du = relu_backward(du, affine(z, m, s, b));
+          V v = s * du;
+          if constexpr (HAS_COEF_1) v += load(coef_1 + c, lanes);
+          if constexpr (HAS_COEF_Z) v += load(coef_z + c, lanes) * (z - m);
+          store(static_cast<S*>(t.dz) + at + c, v, lanes);
+        });
+      };
+      // 3×3 at stride 2: 1, 2 or 4 windows hold a pixel.
+      switch (count) {
+        case 1:
+          pixel(Int<1>{});
+          break;
+        case 2:
+          pixel(Int<2>{});
+          break;
+        case 4:
+          pixel(Int<4>{});
+          break;
+        default:
+          pixel(Int<0>{});
+      }
     }
   }
 }

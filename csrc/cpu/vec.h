@@ -24,6 +24,12 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
+// A number as a type, to pass to a generic lambda.
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
 struct BFloat16 {
   uint16_t bits;
 };
@@ -89,16 +95,21 @@ struct Partial {
 
 // ---- raw unaligned access
 
+// Through a vector type of no alignment: GCC takes a memcpy of 16 bytes for an integer, and then
+// widens it byte by byte.
+template <class R>
+struct Unaligned {
+  typedef R type __attribute__((aligned(1), may_alias));
+};
+
 template <class R, class P>
 RESFAST_INLINE R load_raw(const P* p) {
-  R r;
-  __builtin_memcpy(&r, p, sizeof(R));
-  return r;
+  return *reinterpret_cast<const typename Unaligned<R>::type*>(p);
 }
 
 template <class R, class P>
 RESFAST_INLINE void store_raw(P* p, R r) {
-  __builtin_memcpy(p, &r, sizeof(R));
+  *reinterpret_cast<typename Unaligned<R>::type*>(p) = r;
 }
 
 // Not inlined: rare (row tails) and many.
@@ -244,17 +255,23 @@ RESFAST_INLINE void store(S* p, FloatVec v, Partial n) {
   store_raw(&p->bits, narrow(S{}, v), n.count);
 }
 
+// A factor of two at a time: GCC takes longer steps lane by lane.
+typedef uint16_t LongShorts __attribute__((vector_size(kVectorBytes / 4)));
+typedef uint32_t LongInts __attribute__((vector_size(kVectorBytes / 2)));
+
 RESFAST_INLINE IntVec widen_index(IntBytes bytes) {
-  return __builtin_convertvector(bytes, IntVec);
+  return __builtin_convertvector(__builtin_convertvector(bytes, ShortVec), IntVec);
 }
 RESFAST_INLINE LongVec widen_index(LongBytes bytes) {
-  return __builtin_convertvector(bytes, LongVec);
+  const LongShorts shorts = __builtin_convertvector(bytes, LongShorts);
+  return __builtin_convertvector(__builtin_convertvector(shorts, LongInts), LongVec);
 }
 RESFAST_INLINE IntBytes narrow_index(IntVec v) {
-  return __builtin_convertvector(v, IntBytes);
+  return __builtin_convertvector(__builtin_convertvector(v, ShortVec), IntBytes);
 }
 RESFAST_INLINE LongBytes narrow_index(LongVec v) {
-  return __builtin_convertvector(v, LongBytes);
+  const LongInts ints = __builtin_convertvector(v, LongInts);
+  return __builtin_convertvector(__builtin_convertvector(ints, LongShorts), LongBytes);
 }
 
 template <class S>
