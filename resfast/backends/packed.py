@@ -46,10 +46,15 @@ def clear_packed_weights() -> None:
 
 
 def _sample(weight: Tensor, bias: Tensor | None, affine: Affine) -> Tensor:
-    flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().flatten()
-    parts = [flat[:: max(1, flat.numel() // _SAMPLES)].float(), *affine]
+    """Values spread over the weight, and every per-channel vector."""
+    w = weight.detach()
+    if w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last):
+        # in memory order: flattening a channels_last weight would copy it
+        step = max(1, w.numel() // _SAMPLES)
+        w = w.as_strided((w.numel() // step,), (step,))
+    parts = [w.flatten(), *affine]
     if bias is not None:
-        parts.append(bias.detach().float())
+        parts.append(bias.detach())
     return torch.cat(parts)
 
 

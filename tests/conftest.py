@@ -1,0 +1,27 @@
+"""Fixtures every test file may use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from resfast import native
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["avx512", "avx2", "scalar"])
+def isa(request):
+    """Run with each instruction set the machine has."""
+    if not native.is_available():
+        pytest.skip(f"no native library: {native.load_error()}")
+    before = native.cpu_isa()
+    try:
+        native._C.set_cpu_isa(request.param)
+    except (RuntimeError, ValueError) as error:
+        pytest.skip(str(error))
+    yield request.param
+    native._C.set_cpu_isa(before)

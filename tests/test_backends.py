@@ -1,0 +1,142 @@
+"""Selecting a backend, forcing one, and saying which ran."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import resfast
+from resfast import native
+from resfast.backends import available, names, select
+from resfast.ops import NormParams, bn_act
+
+needs_native = pytest.mark.skipif(
+    not native.is_available(), reason=f"no native library: {native.load_error()}"
+)
+
+
+def _norm(c):
+    return NormParams(None, None, torch.zeros(c), torch.ones(c), None, True)
+
+
+def _choices(f):
+    seen = []
+    with select.listen(seen.append):
+        f()
+    return [(c.function, c.backend) for c in seen]
+
+
+@needs_native
+def test_the_native_backend_comes_first():
+    z = torch.randn(2, 3, 4, 4)
+    assert _choices(lambda: bn_act(z, _norm(3))) == [("norm_stats", "cpu"), ("norm_apply", "cpu")]
+
+
+def test_a_forced_backend_runs_forward_and_backward():
+    z = torch.randn(2, 3, 4, 4, requires_grad=True)
+
+    def run():
+        with resfast.backend("eager"):
+            bn_act(z, _norm(3)).sum().backward()
+
+    functions = ("norm_stats", "norm_apply", "norm_backward_reduce", "norm_backward_apply")
+    assert _choices(run) == [(f, "eager") for f in functions]
+
+
+def test_forcing_ends_with_its_context_also_on_an_error():
+    before = _choices(lambda: bn_act(torch.randn(2, 3, 4, 4), _norm(3)))
+    with pytest.raises(ZeroDivisionError), resfast.backend("eager"):
+        raise ZeroDivisionError
+    assert _choices(lambda: bn_act(torch.randn(2, 3, 4, 4), _norm(3))) == before
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="unknown backend 'fast'"), resfast.backend("fast"):
+        pass
+
+
+@needs_native
+def test_a_forced_backend_never_falls_back():
+    z = torch.randn(2, 3, 4, 4, device="meta")
+    with resfast.backend("cpu"), pytest.raises(RuntimeError, match="forced but does not run"):
+        select.select("norm_apply", z)
+
+
+def test_available_names_every_backend():
+    rows = available()
+    assert [name for name, _, _ in rows] == list(names())
+    assert ("eager", True, "") in rows
+    assert all(ok or reason for _, ok, reason in rows)
+
+
+def _python(code, **env):
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_without_the_library_everything_runs_on_eager_and_warns_once():
+    done = _python(
+        "import torch, resfast\n"
+        "import resfast as again\n"
+        "m = resfast.resnet18(stem='cifar')\n"
+        "m(torch.randn(2, 3, 16, 16)).sum().backward()\n"
+        "print([n for n, ok, _ in resfast.backends.available() if ok])\n"
+        "print(dict(resfast.backends.available()[i][::2] for i in (0,)))\n",
+        RESFAST_DISABLE_NATIVE="1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "['eager']" in done.stdout
+    assert "RESFAST_DISABLE_NATIVE" in done.stdout
+    assert done.stderr.count("resfast runs without its native kernels") == 1
+
+
+def test_the_environment_forces_a_backend():
+    code = (
+        "import torch, resfast\n"
+        "from resfast.backends.select import select\n"
+        "print(select('norm_apply', torch.zeros(1, 1, 1, 1)).name)"
+    )
+    assert _python(code, RESFAST_BACKEND="eager").stdout.strip() == "eager"
+    bad = _python(code, RESFAST_BACKEND="fast")
+    assert bad.returncode != 0 and "unknown backend 'fast'" in bad.stderr
+
+
+def test_import_needs_no_triton_and_starts_no_cuda():
+    done = _python(
+        "import sys\n"
+        "import torch\n"
+        "before = 'triton' in sys.modules\n"
+        "import resfast\n"
+        "assert before or 'triton' not in sys.modules\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_explain_names_ops_backends_and_reasons():
+    model = resfast.resnet18(stem="cifar", num_classes=3)
+    model.layer2[0].conv1.register_forward_hook(lambda *a: None)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    report = resfast.explain(model, torch.randn(2, 3, 16, 16))
+    rows = {r.module: r for r in report.rows}
+    assert rows["layer1.0"].op == "residual_block"
+    hooked = [r for r in report.rows if r.module == "layer2.0"]
+    assert hooked[0].op == "unfused" and "hook" in hooked[0].reason
+    assert [r.op for r in hooked[1:]] == ["conv_bn_act", "conv_bn_act"]
+    expected = "cpu" if native.is_available() else "eager"
+    assert set(rows["layer1.0"].backends.values()) == {expected}
+    assert report.backward["norm_backward_apply", expected] > 0
+    assert "layer2.0" in str(report) and "residual_block" in str(report)
+    for k, v in model.state_dict().items():
+        assert torch.equal(v, state[k]), k
+    assert all(p.grad is None for p in model.parameters())
+    assert "forward" not in model.layer1[0].__dict__
