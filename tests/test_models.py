@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -566,6 +567,33 @@ def test_fx_sees_stock_layers(build):
     assert {"conv1", "bn1"} <= set(called)
     x = images(2, 3, 40, 40)
     torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        script = torch.jit.trace(model, x)
+        torch.testing.assert_close(script(x), model(x), rtol=1e-4, atol=1e-5)
+    assert not any("resfast::" in n.kind() for n in script.inlined_graph.nodes())
+
+
+def test_functional_call():
+    model = small(Bottleneck)
+    scaled = {k: 1.1 * p for k, p in model.named_parameters()}
+    x = images(2, 3, 40, 40)
+    got = torch.func.functional_call(model, scaled, (x,))
+    want = torch.func.functional_call(unfused(model), scaled, (x,))
+    assert relative(got, want) < 1e-5
+    assert relative(got, model(x)) > 1e-3
+
+
+def test_func_transforms_run_stock_layers():
+    model = small(Bottleneck).double().eval()
+    parameters = {k: p.detach() for k, p in model.named_parameters()}
+    x = images(3, 3, 40, 40, dtype=torch.float64)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    model(x).square().sum().backward()
+    assert relative(each["conv1.weight"].sum(0), model.conv1.weight.grad) < 1e-9
 
 
 def test_copies_pickles_and_saved_modules():
@@ -646,10 +674,10 @@ def test_registry():
 
 
 def test_hub_entry_points_are_the_registry():
-    import hubconf
-
-    entries = {k for k, v in vars(hubconf).items() if callable(v) and not k.startswith("_")}
-    assert entries == set(list_models())
+    root = str(Path(__file__).resolve().parent.parent)
+    assert sorted(torch.hub.list(root, source="local")) == list_models()
+    model = torch.hub.load(root, "simple_resnet", source="local", channels=4)
+    assert model.conv1.out_channels == 4
 
 
 def test_weights_from_a_file(tmp_path):

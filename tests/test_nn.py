@@ -234,6 +234,19 @@ def test_stride_positions():
     assert (v1.conv1.stride, v1.conv2.stride) == ((2, 2), (1, 1))
 
 
+@pytest.mark.parametrize("stride_position", ["3x3", "1x1"])
+def test_blur_replaces_the_stride_where_it_was(stride_position):
+    block = make_block(Bottleneck, 2, antialias=True, stride_position=stride_position).eval()
+    x = image(2, 6, 8, 9)
+    y = block.bn1(block.conv1(x)).relu()
+    y = block.blur(y) if stride_position == "1x1" else y
+    y = block.bn2(block.conv2(y)).relu()
+    y = block.blur(y) if stride_position == "3x3" else y
+    y = block.bn3(block.conv3(y)) + block.downsample(x)
+    torch.testing.assert_close(block(x), y.relu())
+    assert type(block.downsample[0]) is BlurPool2d
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("preact", [True, False])
 @pytest.mark.parametrize("kind", [PreActBlock, PreActBottleneck])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from resfast.nn.blocks import NormLayer, _off, layer_row
 from resfast.nn.fuse import (
@@ -15,6 +15,7 @@ from resfast.nn.fuse import (
     norm_reason,
     plain_reason,
     run_conv_bn_act,
+    traced,
 )
 from resfast.nn.layers import BlurPool2d
 from resfast.ops import bn_act_max_pool
@@ -106,7 +107,7 @@ class Backbone(Fusible):
     def stem(self, x: Tensor) -> Tensor:
         """conv1, bn1, ReLU and max-pool: ``[N, in_channels, H, W]`` → ``[N, 64, H/4, W/4]``."""
         conv = self.conv1
-        fused = self.fused and not isinstance(x, fx.Proxy)
+        fused = self.fused and not traced(x)
         if fused and self._is_deep():  # its first two layers fuse too
             x = run_conv_bn_act(conv[0], conv[1], x, relu=conv[2])
             x = run_conv_bn_act(conv[3], conv[4], x, relu=conv[5])
@@ -138,9 +139,7 @@ class Backbone(Fusible):
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """Outputs of layer1 … layer4 for an image batch ``[N, C, H, W]``, see ``feature_info``."""
-        if not isinstance(x, fx.Proxy) and x.dim() != 4:
-            raise ValueError(f"expected 4D input (got {x.dim()}D input of shape {tuple(x.shape)})")
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(as_input(x))
         stages = []
         for name in STAGES:
             x = getattr(self, name)(x)
@@ -159,6 +158,15 @@ class Backbone(Fusible):
         if self.features_only:
             return self.forward_stages(x)
         return self.forward_head(self.forward_features(x))
+
+
+def as_input(x: Tensor) -> Tensor:
+    """A batch of images in channels_last. ValueError if x is not 4-D."""
+    if traced(x):
+        return x
+    if x.dim() != 4:
+        raise ValueError(f"expected 4D input (got {x.dim()}D input of shape {tuple(x.shape)})")
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _classifier(channels: int, num_classes: int) -> nn.Module:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from resfast.models.backbone import as_input
 from resfast.models.registry import register_model
 from resfast.models.weights import load_weights
 from resfast.nn.blocks import layer_row
@@ -43,7 +43,7 @@ class SimpleResNet(Fusible):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """``[N, in_channels, H, W]`` → ``[N, channels, H, W]``."""
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = as_input(x)
         conv, bn, relu, project = self.shortcut
         shortcut = project(run_conv_bn_act(conv, bn, x, relu=relu, fused=self.fused))
         y = run_conv_bn_act(self.conv1, self.bn1, x, fused=self.fused)

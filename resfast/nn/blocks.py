@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from resfast.nn.fuse import (
@@ -28,6 +28,7 @@ from resfast.nn.fuse import (
     read,
     run_bn_act,
     run_conv_bn_act,
+    traced,
     unfused_reason,
 )
 from resfast.nn.layers import BlurPool2d, DropPath, SqueezeExcite
@@ -133,7 +134,7 @@ class Block(Fusible):
     checkpoint: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.checkpoint or not torch.is_grad_enabled() or isinstance(x, fx.Proxy):
+        if not self.checkpoint or not torch.is_grad_enabled() or traced(x):
             return self._forward(x)
         options = {}
         # Fused ops, and compiled graphs, count a batch once by themselves.
@@ -189,7 +190,7 @@ class ResidualBlock(Block):
         return getattr(self, self.layer_names[-1][1])
 
     def _forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, fx.Proxy) or self._block_reason() is not None:
+        if traced(x) or self._block_reason() is not None:
             return self._forward_layers(x)
         children = self._modules
         convs = [conv_params(children[conv]) for conv, _ in self.layer_names]
@@ -235,11 +236,7 @@ class ResidualBlock(Block):
     def _shortcut(self, x: Tensor) -> Tensor:
         if self.downsample is None:
             return x
-        if (
-            not self.fused
-            or isinstance(x, fx.Proxy)
-            or _shortcut_reason(self.downsample) is not None
-        ):
+        if not self.fused or traced(x) or _shortcut_reason(self.downsample) is not None:
             return self.downsample(x)
         pool, conv, bn = _split_shortcut(self.downsample)
         return run_conv_bn_act(conv, bn, x if pool is None else pool(x), relu=False)

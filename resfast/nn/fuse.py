@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as _module
@@ -45,6 +46,17 @@ def set_fused(model: nn.Module, fused: bool) -> nn.Module:
 def unfused(model: nn.Module) -> nn.Module:
     """A deep copy that runs the stock layers: reference, benchmark peer, source for ONNX."""
     return set_fused(copy.deepcopy(model), False)
+
+
+def traced(x: Tensor) -> bool:
+    """x is recorded by torch.fx or torch.jit, whose graphs are to hold the stock layers, or is
+    inside a torch.func transform, which the fused ops have no rules for.
+    """
+    return (
+        isinstance(x, fx.Proxy)
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def _hook_reason(m: nn.Module) -> str | None:
@@ -202,7 +214,7 @@ def run_conv_bn_act(
     One ``conv_bn_act`` where both children allow it, else the children themselves. ``relu`` may be
     a module: anything but a plain ``nn.ReLU`` is called after a fused conv+bn.
     """
-    if not fused or isinstance(x, fx.Proxy) or unfused_reason(conv, bn) is not None:
+    if not fused or traced(x) or unfused_reason(conv, bn) is not None:
         return stock_tail(bn(conv(x)), bn, residual, relu, add_after_act)
     plain, act = _split_activation(relu)
     params, norm = conv_params(conv), norm_params(bn)
@@ -224,12 +236,7 @@ def run_bn_act(
     fused: bool = True,
 ) -> Tensor:
     """relu(bn(x) + residual): one ``bn_act`` where the norm allows it, else the norm itself."""
-    if (
-        not fused
-        or isinstance(x, fx.Proxy)
-        or norm_reason(bn) is not None
-        or _global_hook_reason() is not None
-    ):
+    if not fused or traced(x) or norm_reason(bn) is not None or _global_hook_reason() is not None:
         return stock_tail(bn(x), bn, residual, relu, add_after_act)
     plain, act = _split_activation(relu)
     if act is None:
