@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from resfast import __version__, cli
+from resfast.training import checkpoint
 from resfast.training.checkpoint import CheckpointFolder, write_atomically
 
 sklearn = pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -259,6 +260,25 @@ def test_resume_of_a_damaged_run_goes_on_from_the_previous(run, tmp_path):
     assert redone["step"] == original["step"] == 57
     for name, tensor in original["model"].items():
         assert torch.equal(tensor, redone["model"][name]), name
+
+
+@pytest.mark.parametrize("best", ["worst", "damaged"])
+def test_test_accuracy_is_of_the_best_checkpoint(capsys, run, tmp_path, best):
+    """A finished run, resumed, measures best.pt: here one that always answers the same digit."""
+    copy = copy_run(run, tmp_path / "copy")
+    state = checkpoint.load(copy / "best.pt")
+    state["model"]["fc.weight"].zero_()
+    checkpoint.save(copy / "best.pt", state)
+    if best == "damaged":
+        (copy / "best.pt").write_bytes((copy / "best.pt").read_bytes()[:-1])
+        with pytest.warns(UserWarning, match=r"best\.pt is damaged.*using checkpoint-00000057"):
+            status, out, _ = call(capsys, "train", "--resume", str(copy), "--no-compare")
+    else:
+        status, out, _ = call(capsys, "train", "--resume", str(copy), "--no-compare")
+    assert status == 0
+    test = json.loads((copy / "metrics.json").read_text())["test"]
+    assert (test["accuracy"] < 0.2) == (best == "worst")
+    assert ("chosen on validation" in out) == (best == "worst")
 
 
 def test_resume_refuses_changed_options(capsys, run):

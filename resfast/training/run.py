@@ -18,7 +18,7 @@ import torch
 from resfast.diagnostics.curves import draw_curves, read_metrics
 from resfast.diagnostics.environment import device_info, now, versions
 from resfast.nn import unfused
-from resfast.training.checkpoint import BEST, CheckpointFolder, load, write_atomically
+from resfast.training.checkpoint import BEST, CheckpointFolder, write_atomically
 from resfast.training.config import (
     INSTALL_HINT,
     OptionError,
@@ -30,6 +30,7 @@ from resfast.training.config import (
 from resfast.training.data import load_dataset
 from resfast.training.loop import Score, Stopped, StopSignals, Trainer, TrainStep, place
 from resfast.training.model import create_for, model_names
+from resfast.training.predict import find_checkpoint
 from resfast.training.report import Progress, Recorder, binomial_interval, on_row, table
 from resfast.training.throughput import Comparison, compare
 
@@ -132,7 +133,7 @@ def _finish(
     stop: StopSignals,
     quiet: bool,
 ) -> int:
-    best = load(folder / BEST)
+    best, chosen = find_checkpoint(folder)
     trainer.model.load_state_dict(best["model"])
     score = trainer.evaluate(trainer.data.test)
     faster = None
@@ -141,6 +142,7 @@ def _finish(
             print("comparing with the unfused twin …", file=sys.stderr, flush=True)
         faster = compare_with_eager(trainer, stop)
     metrics = _metrics(trainer, header, score, faster)
+    metrics["test"]["checkpoint"] = chosen.name
     write_atomically(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     title = f"{trainer.config.model} on {trainer.data.name}: test accuracy {score.accuracy:.2%}"
     draw_curves(read_metrics(folder / "metrics.jsonl"), folder / "curve.png", title)
@@ -173,7 +175,6 @@ def _metrics(
             "images": score.images,
             "loss": score.loss,
             "interval_95": [low, high],
-            "weights": "epoch with the best validation accuracy",
         },
         "best": trainer.best,
         "training": {
@@ -198,7 +199,10 @@ def _summary(metrics: dict[str, Any], faster: Comparison | None, folder: Path) -
     low, high = test["interval_95"]
     sizes, device, options = metrics["data"]["sizes"], metrics["device"], metrics["options"]
     split = " / ".join(f"{count:,} {name}" for name, count in sizes.items())
-    where = device["name"] + (f", {device['threads']} threads" if "threads" in device else "")
+    weights = f"weights of {test['checkpoint']}"
+    if test["checkpoint"] == BEST:
+        weights = f"weights of epoch {metrics['best']['epoch']}, chosen on validation"
+    where = device["name"] + (f", {device['threads']} thread(s)" if "threads" in device else "")
     rows = [
         ("model", f"{model['name']}, {model['parameters']:,} parameters, {options['dtype']}"),
         ("device", where),
@@ -206,8 +210,7 @@ def _summary(metrics: dict[str, Any], faster: Comparison | None, folder: Path) -
         (
             "test accuracy",
             f"{test['accuracy']:.2%} ({test['correct']:,} of {test['images']:,}; 95 % interval "
-            f"{low:.1%}–{high:.1%}), weights of epoch {metrics['best']['epoch']}, "
-            "chosen on validation",
+            f"{low:.1%}–{high:.1%}), {weights}",
         ),
         (
             "training",
