@@ -34,8 +34,9 @@ from resfast.training.predict import find_checkpoint
 from resfast.training.report import Progress, Recorder, binomial_interval, on_row, table
 from resfast.training.throughput import Comparison, compare
 
-# Up to this side a step lasts milliseconds: one thread is nearly as fast as two on an idle machine,
-# and ten times as fast on a busy one, where OpenMP's threads spin while they wait for each other.
+# Images up to this side train in one thread unless told otherwise: their steps are short, and
+# OpenMP's threads spin while they wait for each other. On a busy two-core machine two threads
+# trained at 29 and 109 images/s, one at 1,450 and 937.
 SMALL_SIDE = 16
 RESUMABLE = ("epochs", "device", "threads", "data")
 
