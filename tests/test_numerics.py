@@ -132,3 +132,16 @@ def test_inference_uses_new_values_after_a_write_that_bumps_no_version():
     assert not torch.equal(first, second)
     assert not torch.equal(second, third)
     torch.testing.assert_close(third, expected)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize("add_after_act", [False, True])
+def test_inference_with_a_residual_at_small_sizes(size, add_after_act):
+    x, r = torch.randn(3, 8, *size), torch.randn(3, 8, *size)
+    conv = ConvParams(torch.randn(8, 8, 3, 3), None, padding=(1, 1))
+    norm = _norm(8)._replace(training=False)
+    with torch.no_grad():
+        y = conv_bn_act(x, conv, norm, r, add_after_act=add_after_act)
+        with resfast.backend("eager"):
+            expected = conv_bn_act(x, conv, norm, r, add_after_act=add_after_act)
+    torch.testing.assert_close(y, expected)

@@ -44,7 +44,7 @@ class CpuBackend(Backend):
         relu: bool,
         add_after_act: bool,
     ) -> Tensor:
-        packed = packed_convolution(x, weight, bias, g, affine)
+        packed = packed_convolution(x, weight, bias, g, affine, residual)
         if packed is None:
             return super().conv_fprop_affine(
                 x, weight, bias, g, affine, residual, relu, add_after_act
