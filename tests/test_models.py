@@ -417,6 +417,18 @@ def test_any_memory_format_gives_the_same(build):
         assert torch.equal(model(other), want)
 
 
+@pytest.mark.parametrize("build", [small, SimpleResNet])
+def test_layers_are_given_channels_last(build):
+    model = build()
+    seen = []
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            m.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    model(images(2, 3, 40, 40))
+    assert seen
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in seen)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_checkpoint_is_bitwise_and_counts_once(fused):
     plain, checkpointed = small(Bottleneck), small(Bottleneck, checkpoint=True)
