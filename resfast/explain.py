@@ -93,7 +93,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         outputs = [t for t in _tensors(y) if t.requires_grad]
         wanted = [p for p in model.parameters() if p.requires_grad]
         if outputs and wanted:
-            torch.autograd.grad(sum(t.sum() for t in outputs), wanted, allow_unused=True)
+            torch.autograd.grad([t.sum() for t in outputs], wanted, allow_unused=True)
     for name, plan in plans.items():
         backends = {c.function: c.backend for c in forward_choices[name]}
         backends = {f: backends[f] for f in FUNCTIONS if f in backends}

@@ -1,14 +1,14 @@
-"""Inputs, the stock peers and the error criterion that tests, benchmarks and ``resfast check`` share.
+"""Inputs, stock peers and the error criterion: tests, benchmarks and ``resfast check`` share them.
 
 Criterion: on the same inputs, E = RMSE against a float64 reference built from the already rounded
 inputs. bf16, fp16: E ≤ 1.1 × stock's. fp32: E ≤ 1.5 × the worst of stock's own paths, or ≤ 8·2⁻²⁴
-of the reference's RMS. And per channel, by the largest error (docs/numerics.md derives each factor).
+of the reference's RMS. And per channel, by the largest error; docs/numerics.md derives each factor.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -91,7 +91,7 @@ class OpCase:
     """
 
     name: str
-    shapes: dict[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
     norms: dict[str, int]
     call: Callable[[Any, Tensors, dict[str, NormParams]], Tensor]
     training: bool
@@ -124,9 +124,7 @@ class OpCase:
                 tensors[f"{key}_{name}"] = v.to(vector_dtype)
         return {k: v.to(device) for k, v in tensors.items()}
 
-    def run(
-        self, ops: Any, tensors: Tensors, dy: Tensor | None, layout: str
-    ) -> Tensors:
+    def run(self, ops: Any, tensors: Tensors, dy: Tensor | None, layout: str) -> Tensors:
         """Forward and backward: y, d<leaf> for each leaf, mean_<norm> and var_<norm> afterwards."""
         t = {
             k: v.contiguous(memory_format=LAYOUTS[layout]) if v.dim() == 4 else v.clone()
@@ -150,7 +148,7 @@ class OpCase:
         result = {"y": y.detach()}
         if dy is not None:
             y.backward(dy.to(y.dtype).contiguous(memory_format=LAYOUTS[layout]))
-            result |= {f"d{k}": t[k].grad for k in leaves if t[k].grad is not None}
+            result |= {f"d{k}": g for k in leaves if (g := t[k].grad) is not None}
         if self.training:
             result |= {k: v for k, v in t.items() if k.startswith(("mean_", "var_"))}
         return result
@@ -176,9 +174,7 @@ class _Recording:
         if relu:
             joined = None if add_after_act else residual
             self.branches.append(reference.positive(self.ops.conv_bn_act(x, conv, norm, joined)))
-        return self.ops.conv_bn_act(
-            x, conv, norm, residual, relu=relu, add_after_act=add_after_act
-        )
+        return self.ops.conv_bn_act(x, conv, norm, residual, relu=relu, add_after_act=add_after_act)
 
     def bn_act_max_pool(self, x, norm):
         norm = _untracked(norm)
@@ -212,9 +208,7 @@ class _Reference:
 
     def bn_act(self, x, norm, residual=None, *, relu=True, add_after_act=False):
         mask = self._next(relu)
-        y = reference.bn_act(
-            x, norm, residual, relu=relu, add_after_act=add_after_act, mask=mask
-        )
+        y = reference.bn_act(x, norm, residual, relu=relu, add_after_act=add_after_act, mask=mask)
         self._track(norm, x)
         return y
 
@@ -276,7 +270,7 @@ def _fused_pool_index(x: Tensor, norm: NormParams) -> Tensor:
 
 
 def op_cases(training: bool) -> list[OpCase]:
-    """Every op in every form: residual orders, strides, groups, blocks with and without projection."""
+    """Every op in every form: residual orders, strides, groups, blocks of both kinds."""
     shape = (2, 64, 10, 9)
     c = shape[1]
 
@@ -309,7 +303,9 @@ def op_cases(training: bool) -> list[OpCase]:
             training,
         )
 
-    def block(name: str, weights: list[tuple[int, ...]], stride: int, projection: bool, **options):
+    def block(
+        name: str, weights: Sequence[tuple[int, ...]], stride: int, projection: bool, **options
+    ):
         last = weights[-1][0]
         shapes: dict[str, tuple[int, ...]] = {"x": shape}
         shapes |= {f"w{i}": w for i, w in enumerate(weights)}
@@ -319,7 +315,7 @@ def op_cases(training: bool) -> list[OpCase]:
             norms["d"] = last
 
         def call(ops, t, n):
-            convs = []
+            convs: list[ConvParams] = []
             for i, w in enumerate(weights):
                 pad = (w[2] // 2, w[3] // 2)
                 # ResNet v1.5: the 3×3 strides
@@ -410,9 +406,7 @@ def _size(t: Tensor) -> tuple[float, float]:
     return float(t.square().sum()), float(t.abs().max())
 
 
-def _errors(
-    fused: Tensor, ref: Tensor, stock: Sequence[tuple[Tensor, Tensor]]
-) -> Errors:
+def _errors(fused: Tensor, ref: Tensor, stock: Sequence[tuple[Tensor, Tensor]]) -> Errors:
     return Errors(
         ref.numel(),
         _size(fused.double() - ref),
@@ -426,14 +420,13 @@ def judge(quantity: str, errors: Sequence[Errors], dtype: torch.dtype) -> Verdic
     """Apply the criterion for activations of ``dtype`` to one quantity, pooled over inputs."""
     values = sum(e.values for e in errors)
 
-    def pooled(pick: Callable[[Errors], tuple[float, float]]) -> tuple[float, float]:
-        sizes = [pick(e) for e in errors]
+    def pooled(sizes: Sequence[tuple[float, float]]) -> tuple[float, float]:
         return math.sqrt(math.fsum(s for s, _ in sizes) / values), max(m for _, m in sizes)
 
-    error, largest = pooled(lambda e: e.ours)
-    paths = [pooled(lambda e, i=i: e.stock[i]) for i in range(len(errors[0].stock))]
+    error, largest = pooled([e.ours for e in errors])
+    paths = [pooled(path) for path in zip(*(e.stock for e in errors), strict=True)]
     stock, stock_largest = max(p for p, _ in paths), max(m for _, m in paths)
-    scale, largest_value = pooled(lambda e: e.reference)
+    scale, largest_value = pooled([e.reference for e in errors])
     half = dtype in HALF_DTYPES
     floor = FLOOR_ULPS * (2.0**-53 if dtype == torch.float64 else 2.0**-24)
     return Verdict(
@@ -476,9 +469,7 @@ def compare(
     return {k: _errors(got[k], ref[k], [(s[k], r[k]) for s, r in stock]) for k in ref}
 
 
-def judge_seeds(
-    case: OpCase, dtype: torch.dtype, seeds: int, device: str = "cpu"
-) -> list[Verdict]:
+def judge_seeds(case: OpCase, dtype: torch.dtype, seeds: int, device: str = "cpu") -> list[Verdict]:
     """The worst verdict of each quantity over pools of ``seeds`` inputs, both layouts by turns."""
     layouts = list(LAYOUTS)
     runs = [compare(case, dtype, layouts[i % 2], i, device) for i in range(seeds)]
@@ -489,12 +480,12 @@ def judge_seeds(
             [r[quantity] for r in runs[i : i + per_pool]]
             for i in range(0, seeds - per_pool + 1, per_pool)
         ]
-        worst = max((judge(quantity, p, dtype) for p in pools), key=lambda v: _ratio(v.error, v.limit))
+        worst = max(
+            (judge(quantity, p, dtype) for p in pools), key=lambda v: _ratio(v.error, v.limit)
+        )
         # a largest error is one over all inputs
         overall = judge(quantity, [r[quantity] for r in runs], dtype)
         verdicts.append(
-            worst._replace(
-                channel_error=overall.channel_error, channel_limit=overall.channel_limit
-            )
+            worst._replace(channel_error=overall.channel_error, channel_limit=overall.channel_limit)
         )
     return verdicts

@@ -1,4 +1,4 @@
-"""The seven functions in plain PyTorch: the fallback everywhere, and readable beside the kernels."""
+"""The seven functions in plain PyTorch: the fallback everywhere, readable beside the kernels."""
 
 from __future__ import annotations
 
@@ -145,9 +145,7 @@ def _norm_gradient(
     return nhwc(dz.to(z.dtype))
 
 
-def _unpool(
-    dy: Tensor, z: Tensor, index: Tensor, kernel: int, stride: int, padding: int
-) -> Tensor:
+def _unpool(dy: Tensor, z: Tensor, index: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
     """dy added up at the window positions ``index`` names, in the accumulation dtype."""
     n, c, h, w = z.shape
     index = index.long()

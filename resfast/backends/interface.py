@@ -86,7 +86,7 @@ class Backend:
     # ---- convolutions
 
     def conv_fprop(self, x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
-        """z = conv(x, weight) + bias: ``[N, C, H, W]``, ``[K, C/groups, R, S]`` → ``[N, K, P, Q]``."""
+        """z = conv(x, weight) + bias, ``[N, K, P, Q]``; weight ``[K, C/groups, R, S]``."""
         return nhwc(
             torch.ops.aten.convolution(
                 nhwc(x), weight, bias, g.stride, g.padding, g.dilation, False, (0, 0), g.groups
@@ -113,7 +113,7 @@ class Backend:
         return nhwc(_convolution_backward(dz, x, weight, g, (True, False))[0])
 
     def conv_wgrad(self, dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
-        """dweight ``[K, C/groups, R, S]`` from dz and the convolution's input; ``weight`` gives the shape."""
+        """dweight, of ``weight``'s shape, from dz and the convolution's input x."""
         return _convolution_backward(dz, x, weight, g, (False, True))[1]
 
     # ---- normalisation
@@ -145,7 +145,7 @@ class Backend:
         relu: bool,
         write_activation: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(Σdu, Σdu·x̂, act(u) if asked for). du is dy where ``y`` (or, without it, u) is positive."""
+        """(Σdu, Σdu·x̂, act(u) if asked for); du is dy where y is positive, u where y is None."""
         raise NotImplementedError
 
     def norm_backward_apply(

@@ -89,6 +89,7 @@ def packed_convolution(
 
     def run(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         geometry = (g.padding, g.stride, g.dilation, g.groups)
+        attr: str | None
         if residual is None:
             attr = "relu" if relu else "none"
             return torch.ops.mkldnn._convolution_pointwise(

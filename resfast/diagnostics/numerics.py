@@ -1,4 +1,4 @@
-"""``resfast check``: every op on every backend of this machine, its error beside stock PyTorch's."""
+"""``resfast check``: every op on every backend of this machine, its error beside stock's."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ def main(
 ) -> int:
     """Print the table as it is measured; write it to ``out`` as JSON. 1 if anything failed."""
     rows = []
-    print(f"{'op':38}{'backend':9}{'dtype':10}{'worst of':14}{'error':>10}{'stock':>10}{'of limit':>10}")
+    print(
+        f"{'op':38}{'backend':9}{'dtype':10}{'worst of':14}"
+        f"{'error':>10}{'stock':>10}{'of limit':>10}"
+    )
     for row in run(quick=quick, dtypes=dtypes or tuple(DTYPES)):
         rows.append(row)
         v = row.worst
@@ -71,6 +74,8 @@ def main(
     failed = sum(bool(r.failed) for r in rows)
     print(f"{len(rows) - failed} of {len(rows)} pass (error: RMSE against float64)")
     if out is not None:
-        record = [{**r._asdict(), "worst": r.worst._asdict(), "failed": len(r.failed)} for r in rows]
+        record = [
+            {**r._asdict(), "worst": r.worst._asdict(), "failed": len(r.failed)} for r in rows
+        ]
         Path(out).write_text(json.dumps(record, indent=1))
     return 1 if failed else 0

@@ -43,9 +43,7 @@ def _kernel(
     return y, *stats
 
 
-def _fake(
-    z, gamma, beta, running_mean, running_var, residual, training, eps, relu, add_after_act
-):
+def _fake(z, gamma, beta, running_mean, running_var, residual, training, eps, relu, add_after_act):
     _check(z, gamma, beta, running_mean, running_var, residual, training, eps)
     return empty_nhwc(z.shape, z), *N.fake_statistics(z)
 
@@ -264,9 +262,7 @@ def bn_act(
         residual = residual.to(x.dtype)
     vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     if norm.training or needs_grad(x, norm.weight, norm.bias, residual):
-        y, mean, var = _op(
-            x, *vectors, residual, norm.training, norm.eps, relu, add_after_act
-        )
+        y, mean, var = _op(x, *vectors, residual, norm.training, norm.eps, relu, add_after_act)
         update_running_stats(norm, mean, var, N.count(x))
         return y
     if norm.running_mean is None or norm.running_var is None:

@@ -58,9 +58,7 @@ def _kernel(
     training: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(
-        z, gamma, beta, running_mean, running_var, kernel_size, stride, padding, training, eps
-    )
+    _check(z, gamma, beta, running_mean, running_var, kernel_size, stride, padding, training, eps)
     z = nhwc(z)
     stats = N.statistics(z, running_mean, running_var, training)
     norm = N.prepare(stats, gamma, beta, eps)
@@ -70,12 +68,8 @@ def _kernel(
     return y, index, *stats
 
 
-def _fake(
-    z, gamma, beta, running_mean, running_var, kernel_size, stride, padding, training, eps
-):
-    _check(
-        z, gamma, beta, running_mean, running_var, kernel_size, stride, padding, training, eps
-    )
+def _fake(z, gamma, beta, running_mean, running_var, kernel_size, stride, padding, training, eps):
+    _check(z, gamma, beta, running_mean, running_var, kernel_size, stride, padding, training, eps)
     y = empty_nhwc(_pooled(z, kernel_size, stride, padding), z)
     return y, torch.empty_like(y, dtype=torch.uint8), *N.fake_statistics(z)
 

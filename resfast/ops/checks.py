@@ -76,9 +76,13 @@ def check_norm(
                 f"expected scalar type {z.dtype} or float32 for {name} but found {v.dtype}"
             )
     if (running_mean is None) != (running_var is None):
-        raise RuntimeError("running_mean and running_var must either both be None or neither be None")
+        raise RuntimeError(
+            "running_mean and running_var must either both be None or neither be None"
+        )
     if not training and running_mean is None:
-        raise RuntimeError("Expected running_mean and running_var to be defined when training=False")
+        raise RuntimeError(
+            "Expected running_mean and running_var to be defined when training=False"
+        )
     if training and z.shape[0] * z.shape[2] * z.shape[3] == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {z.shape}"

@@ -99,6 +99,7 @@ _op.autocast((0, 1, 2, 7))
 
 # ---- backward
 
+
 def _backward_kernel(
     dy: Tensor,
     x: Tensor,
@@ -344,7 +345,9 @@ def output_like(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry)
         and min(g.dilation) > 0
         and (
             bias is None
-            or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype and bias.device == x.device)
+            or (
+                bias.shape == weight.shape[:1] and bias.dtype == x.dtype and bias.device == x.device
+            )
         )
     )
     if legal:
@@ -414,5 +417,7 @@ def conv_bn_act(
         update_running_stats(norm, mean, var, N.count(z))
         return y
     if norm.running_mean is None or norm.running_var is None:
-        raise RuntimeError("Expected running_mean and running_var to be defined when training=False")
+        raise RuntimeError(
+            "Expected running_mean and running_var to be defined when training=False"
+        )
     return _inference_op(*tensors, *geometry, norm.eps, relu, add_after_act)

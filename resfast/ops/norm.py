@@ -41,7 +41,8 @@ def statistics(
     if training:
         mean, m2 = select("norm_stats", z).norm_stats(z)
         return Statistics(mean, m2.div_(max(1, count(z))))
-    assert running_mean is not None and running_var is not None
+    assert running_mean is not None
+    assert running_var is not None
     acc = acc_dtype(z.dtype)
     # copies: an op's output may not alias its input
     return Statistics(running_mean.to(acc, copy=True), running_var.to(acc, copy=True))

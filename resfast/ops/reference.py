@@ -27,7 +27,8 @@ def batch_norm(z: Tensor, norm: NormParams) -> Tensor:
     if norm.training:
         mean, var = z.mean((0, 2, 3)), z.var((0, 2, 3), unbiased=False)
     else:
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         mean, var = norm.running_mean, norm.running_var
     u = (z - _channel(mean)) * _channel((var + norm.eps).rsqrt())
     if norm.weight is not None:
@@ -37,7 +38,8 @@ def batch_norm(z: Tensor, norm: NormParams) -> Tensor:
 
 def running_stats(z: Tensor, norm: NormParams) -> tuple[Tensor, Tensor]:
     """The running mean and variance after this batch; the unbiased variance goes in."""
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     factor = norm.momentum
     if factor is None:
         assert norm.num_batches_tracked is not None

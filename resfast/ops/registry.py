@@ -110,7 +110,9 @@ def double_backward(
         leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
         dy_leaf = dy.detach().requires_grad_()
         real = [t for t in leaves if t is not None]
-        first = torch.autograd.grad(forward(*leaves), real, dy_leaf, create_graph=True, allow_unused=True)
+        first = torch.autograd.grad(
+            forward(*leaves), real, dy_leaf, create_graph=True, allow_unused=True
+        )
         incoming = [g for g, t in zip(grad_grads, leaves, strict=True) if t is not None]
         pairs = [
             (f, g)

@@ -208,9 +208,10 @@ def _backward_kernel(
     norms = [layer.prepare(N.Statistics(layer.mean, layer.var)) for layer in chain]
     last = len(chain) - 1
 
-    def wgrad(i: int, layer: _Layer, dz: Tensor, a: Tensor) -> Tensor:
+    def wgrad(i: int, layer: _Layer, dz: Tensor, a: Tensor | None) -> Tensor:
         if not need_weights[i]:
             return absent(layer.weight)
+        assert a is not None
         return select("conv_wgrad", dz).conv_wgrad(dz, a, layer.weight, layer.geometry)
 
     def dgrad(layer: _Layer, dz: Tensor, like: Tensor) -> Tensor:
@@ -264,9 +265,7 @@ def _backward_kernel(
         j = len(chain)
         zd = shortcut.conv(residual) if memory_efficient else zs[j]
         norm = shortcut.prepare(N.Statistics(shortcut.mean, shortcut.var))
-        g = N.backward(
-            du, zd, norm, y=None, relu=False, training=shortcut.training, reuse_dy=True
-        )
+        g = N.backward(du, zd, norm, y=None, relu=False, training=shortcut.training, reuse_dy=True)
         gradients[j] = result(j, wgrad(j, shortcut, g.dz, residual), g)
         dshortcut = dgrad(shortcut, g.dz, residual) if need_residual else None
 
@@ -335,7 +334,11 @@ class _Saved(NamedTuple):
 
     def save(self, ctx, *more: Tensor) -> None:
         ctx.save_for_backward(
-            self.x, self.shortcut_input, self.out, *(t for group in self.lists for t in group), *more
+            self.x,
+            self.shortcut_input,
+            self.out,
+            *(t for group in self.lists for t in group),
+            *more,
         )
         ctx.lengths = [len(group) for group in self.lists]
 
@@ -484,7 +487,9 @@ def residual_block(
         RuntimeError: what ``conv2d`` raises; wrong size, dtype or device of another argument.
     """
     if len(convs) < 2 or len(convs) != len(norms):
-        raise ValueError(f"expected ≥ 2 convolutions and as many norms, got {len(convs)}, {len(norms)}")
+        raise ValueError(
+            f"expected ≥ 2 convolutions and as many norms, got {len(convs)}, {len(norms)}"
+        )
     if (shortcut_conv is None) != (shortcut_norm is None):
         raise ValueError("shortcut_conv and shortcut_norm go together")
     all_convs = [*convs, *([] if shortcut_conv is None else [shortcut_conv])]
@@ -526,7 +531,7 @@ def residual_block(
 def _counts(x: Tensor, convs: Sequence[ConvParams], out: Tensor) -> list[int]:
     """Values per channel after each convolution."""
     counts = []
-    size = x.shape[2:]
+    size: Sequence[int] = x.shape[2:]
     for c in convs:
         size = [
             (s + 2 * p - d * (k - 1) - 1) // stride + 1
