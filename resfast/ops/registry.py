@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,10 +30,13 @@ class FusedOp:
         return self.op(*args)
 
     def autograd(self, setup_context: Callable, backward: Callable) -> None:
-        """Register the formula; ``backward`` calls an op, so that it differentiates in turn."""
-        torch.library.register_autograd(
-            f"resfast::{self.name}", backward, setup_context=setup_context, lib=LIBRARY
-        )
+        """Register the formula; ``backward`` calls an op, so that it differentiates in turn.
+
+        Both have the form ``torch.library.register_autograd`` asks for, with lists of tensors as
+        arguments and outputs; that one's own handling of lists costs more than a small block.
+        """
+        kernel = _autograd_kernel(self.op, setup_context, backward)
+        LIBRARY.impl(self.name, kernel, "Autograd", with_keyset=True)
 
     def autocast(self, activations: Sequence[int]) -> None:
         """Cast the arguments at ``activations`` to the autocast dtype; all others stay.
@@ -57,6 +60,73 @@ class FusedOp:
 
         register("cpu", "AutocastCPU")
         register("cuda", "AutocastCUDA")
+
+
+class _Call:
+    """One call of an op on its way through autograd, which itself sees flat tensors only."""
+
+    def __init__(self, op: Any, keyset: Any, args: tuple[Any, ...]) -> None:
+        self.op = op
+        self.keyset = keyset
+        self.args = args
+        self.output_lengths: list[int | None] = []
+
+    def run(self) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            keyset = self.keyset & torch._C._after_autograd_keyset
+            return self.op.redispatch(keyset, *self.args)
+
+
+def _grouped(flat: Iterable[Any], lengths: Sequence[int | None]) -> tuple[Any, ...]:
+    """Flat values as one value (length None) or a list of so many, in turn."""
+    rest = iter(flat)
+    return tuple(next(rest) if n is None else [next(rest) for _ in range(n)] for n in lengths)
+
+
+def _autograd_kernel(op: Any, setup_context: Callable, backward: Callable) -> Callable:
+    """The Autograd kernel of ``op``: an autograd Function over its tensors, laid out flat."""
+    types = [str(a.type) for a in op._schema.arguments]
+    is_list = [t == "List[Tensor]" for t in types]
+    holds_tensors = [k or t in ("Tensor", "Optional[Tensor]") for k, t in zip(is_list, types)]
+
+    def flatten(values: Sequence[Any]) -> list[Any]:
+        flat: list[Any] = []
+        for value, lists, wanted in zip(values, is_list, holds_tensors, strict=True):
+            if lists:
+                flat.extend(value)
+            elif wanted:
+                flat.append(value)
+        return flat
+
+    def forward(ctx: Any, call: _Call, *_tensors: Tensor | None) -> tuple[Tensor, ...]:
+        outputs = call.run()
+        setup_context(ctx, call.args, outputs)
+        lengths = [len(a) if k else None for a, k in zip(call.args, is_list, strict=True)]
+        ctx.argument_lengths = [n for n, k in zip(lengths, holds_tensors, strict=True) if k]
+        call.output_lengths = [len(o) if isinstance(o, list) else None for o in outputs]
+        ctx.output_lengths = call.output_lengths
+        return tuple(t for o in outputs for t in (o if isinstance(o, list) else (o,)))
+
+    def run_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        flat_needs = ctx.needs_input_grad
+        needs = iter(_grouped(flat_needs[1:], ctx.argument_lengths))
+        ctx.needs_input_grad = tuple(next(needs) if k else False for k in holds_tensors)
+        try:
+            return None, *flatten(backward(ctx, *_grouped(grads, ctx.output_lengths)))
+        finally:
+            ctx.needs_input_grad = flat_needs
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(run_backward)}
+    function: Any = type(f"Autograd_{op._opname}", (torch.autograd.Function,), methods)
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        call = _Call(op, keyset, args)
+        tensors = flatten(args)
+        if not needs_grad(*tensors):
+            return call.run()
+        return _grouped(function.apply(call, *tensors), call.output_lengths)
+
+    return kernel
 
 
 def _cast(a: Any, dtype: torch.dtype, device: str) -> Any:
