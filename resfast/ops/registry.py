@@ -87,7 +87,9 @@ def _autograd_kernel(op: Any, setup_context: Callable, backward: Callable) -> Ca
     """The Autograd kernel of ``op``: an autograd Function over its tensors, laid out flat."""
     types = [str(a.type) for a in op._schema.arguments]
     is_list = [t == "List[Tensor]" for t in types]
-    holds_tensors = [k or t in ("Tensor", "Optional[Tensor]") for k, t in zip(is_list, types)]
+    holds_tensors = [
+        k or t in ("Tensor", "Optional[Tensor]") for k, t in zip(is_list, types, strict=True)
+    ]
 
     def flatten(values: Sequence[Any]) -> list[Any]:
         flat: list[Any] = []
