@@ -1,4 +1,4 @@
-"""End to end: 32 steps of ResNet-18 stay as near to stock as stock's own paths are to each other."""
+"""32 steps of ResNet-18 stay as near to stock as stock's own paths are to each other."""
 
 from __future__ import annotations
 
