@@ -10,6 +10,7 @@ from resfast.backends.interface import (
     Affine,
     Backend,
     ConvGeometry,
+    NormVectors,
     acc_dtype,
     empty_nhwc,
     nhwc,
@@ -39,15 +40,15 @@ class CpuBackend(Backend):
         weight: Tensor,
         bias: Tensor | None,
         g: ConvGeometry,
-        affine: Affine,
+        norm: NormVectors,
         residual: Tensor | None,
         relu: bool,
         add_after_act: bool,
     ) -> Tensor:
-        packed = packed_convolution(x, weight, bias, g, affine, residual)
+        packed = packed_convolution(x, weight, bias, g, norm, residual)
         if packed is None:
             return super().conv_fprop_affine(
-                x, weight, bias, g, affine, residual, relu, add_after_act
+                x, weight, bias, g, norm, residual, relu, add_after_act
             )
         y = packed(nhwc(x), None if add_after_act or residual is None else nhwc(residual), relu)
         if add_after_act and residual is not None:

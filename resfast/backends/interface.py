@@ -43,6 +43,32 @@ class Affine(NamedTuple):
     beta: Tensor
 
 
+class NormVectors(NamedTuple):
+    """A norm with fixed statistics as it stands in a module: ``[C]`` each, weight, bias or None."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    var: Tensor
+    eps: float
+
+    def affine(self, dtype: torch.dtype) -> Affine:
+        """What it applies to activations of ``dtype``."""
+        acc = acc_dtype(dtype)
+        mean, var = self.mean.to(acc), self.var.to(acc)
+        return make_affine(mean, var, self.weight, self.bias, self.eps)[0]
+
+
+def make_affine(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Affine, Tensor]:
+    """(affine, rstd): scale = weight·rstd, rstd = 1/√(var + eps); mean and var set the dtype."""
+    rstd = (var + eps).rsqrt_()
+    scale = rstd if weight is None else weight.to(rstd.dtype) * rstd
+    beta = torch.zeros_like(rstd) if bias is None else bias.to(rstd.dtype)
+    return Affine(mean, scale, beta.contiguous()), rstd
+
+
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums, statistics and norm parameters are kept in for activations of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -99,13 +125,14 @@ class Backend:
         weight: Tensor,
         bias: Tensor | None,
         g: ConvGeometry,
-        affine: Affine,
+        norm: NormVectors,
         residual: Tensor | None,
         relu: bool,
         add_after_act: bool,
     ) -> Tensor:
-        """conv_fprop with the affine, residual and ReLU as epilogue; here: two steps, in place."""
+        """conv_fprop with the norm's affine, residual and ReLU as epilogue; here: two steps, in place."""
         z = self.conv_fprop(x, weight, bias, g)
+        affine = norm.affine(z.dtype)
         return self.norm_apply(z, affine, residual, None, relu, add_after_act, out=z)
 
     def conv_dgrad(self, dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from resfast.backends.interface import Affine, ConvGeometry
+from resfast.backends.interface import ConvGeometry, NormVectors
 
 PackedConvolution = Callable[[Tensor, "Tensor | None", bool], Tensor]
 
@@ -25,6 +25,8 @@ class _Key(NamedTuple):
     version: int
     data_ptr: int
     geometry: ConvGeometry
+    eps: float
+    given: tuple[bool, bool, bool]  # convolution bias, norm weight, norm bias
     # oneDNN picks its blocking for an input size; another batch runs, with a slower layout
     input_shape: tuple[int, ...]
 
@@ -45,17 +47,15 @@ def clear_packed_weights() -> None:
     _cache.clear()
 
 
-def _sample(weight: Tensor, bias: Tensor | None, affine: Affine) -> Tensor:
+def _sample(weight: Tensor, bias: Tensor | None, norm: NormVectors) -> Tensor:
     """Values spread over the weight, and every per-channel vector."""
     w = weight.detach()
     if w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last):
         # in memory order: flattening a channels_last weight would copy it
         step = max(1, w.numel() // _SAMPLES)
         w = w.as_strided((w.numel() // step,), (step,))
-    parts = [w.flatten(), *affine]
-    if bias is not None:
-        parts.append(bias.detach())
-    return torch.cat(parts)
+    vectors = (w.flatten(), bias, norm.weight, norm.bias, norm.mean, norm.var)
+    return torch.cat([v.detach() for v in vectors if v is not None])
 
 
 def packed_convolution(
@@ -63,7 +63,7 @@ def packed_convolution(
     weight: Tensor,
     bias: Tensor | None,
     g: ConvGeometry,
-    affine: Affine,
+    norm: NormVectors,
     residual: Tensor | None,
 ) -> PackedConvolution | None:
     """A function (x, residual, relu) → y, or None where oneDNN cannot run it this way."""
@@ -73,10 +73,12 @@ def packed_convolution(
         return None
     if residual is not None and residual.shape[2:] == (1, 1):
         return None  # the binary op fails to create its memory descriptor
-    key = _Key(weight._version, weight.data_ptr(), g, tuple(x.shape))
+    given = (bias is not None, norm.weight is not None, norm.bias is not None)
+    key = _Key(weight._version, weight.data_ptr(), g, norm.eps, given, tuple(x.shape))
     entry = _cache.get(weight)
-    sample = _sample(weight, bias, affine)
+    sample = _sample(weight, bias, norm)
     if entry is None or entry.key != key or not torch.equal(entry.sample, sample):
+        affine = norm.affine(x.dtype)
         folded = weight.detach() * affine.scale.view(-1, 1, 1, 1)
         offset = affine.beta - affine.mean * affine.scale
         if bias is not None:

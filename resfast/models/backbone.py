@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ class Backbone(Fusible):
             raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
         if in_channels < 1:
             raise ValueError(f"in_channels must be at least 1, got {in_channels}")
+        self.conv1: nn.Module
+        self.maxpool: nn.Module
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
         elif stem == "cifar":
@@ -85,7 +87,7 @@ class Backbone(Fusible):
         self.num_classes = num_classes
 
     def _is_deep(self) -> bool:
-        return plain_reason(self.conv1, nn.Sequential) is None and len(self.conv1) == 7
+        return plain_reason(self.conv1, nn.Sequential) is None and len(self.conv1._modules) == 7
 
     def _pool_reason(self) -> str | None:
         """Why norm, ReLU and max-pool are not one op, or None."""
@@ -98,7 +100,7 @@ class Backbone(Fusible):
             or plain_reason(self.maxpool, nn.MaxPool2d)
         )
         if reason is None:
-            pool = self.maxpool
+            pool: Any = self.maxpool
             square = all(type(n) is int for n in (pool.kernel_size, pool.stride, pool.padding))
             if not square or pool.dilation != 1 or pool.ceil_mode or pool.return_indices:
                 reason = "a max-pool that is not square, or has dilation, ceil_mode or indices"
@@ -106,14 +108,14 @@ class Backbone(Fusible):
 
     def stem(self, x: Tensor) -> Tensor:
         """conv1, bn1, ReLU and max-pool: ``[N, in_channels, H, W]`` → ``[N, 64, H/4, W/4]``."""
-        conv = self.conv1
+        conv: Any = self.conv1  # indexed only where it is a plain nn.Sequential
         fused = self.fused and not traced(x)
         if fused and self._is_deep():  # its first two layers fuse too
             x = run_conv_bn_act(conv[0], conv[1], x, relu=conv[2])
             x = run_conv_bn_act(conv[3], conv[4], x, relu=conv[5])
             conv = conv[6]
         if fused and self._pool_reason() is None:
-            pool = self.maxpool
+            pool: Any = self.maxpool  # a plain nn.MaxPool2d
             return bn_act_max_pool(
                 conv(x),
                 norm_params(self.bn1),

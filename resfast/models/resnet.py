@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from resfast.models.backbone import (
     STAGES,
@@ -138,7 +138,7 @@ class ResNet(Backbone):
         if zero_init_residual:
             for m in self.modules():
                 if isinstance(m, ResidualBlock) and m.last_norm.weight is not None:
-                    nn.init.zeros_(m.last_norm.weight)
+                    nn.init.zeros_(cast(Tensor, m.last_norm.weight))
 
 
 def _dilated_stages(replace: list[bool] | None, output_stride: int) -> tuple[bool, ...]:
@@ -161,7 +161,9 @@ def _resnet(
     num_classes = num_classes_of(weights)
     if num_classes is not None:
         kwargs.setdefault("num_classes", num_classes)
-    return load_weights(ResNet(block, layers, **kwargs), weights, progress)
+    model = ResNet(block, layers, **kwargs)
+    load_weights(model, weights, progress)
+    return model
 
 
 @register_model

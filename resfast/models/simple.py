@@ -62,4 +62,6 @@ class SimpleResNet(Fusible):
 @register_model
 def simple_resnet(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> SimpleResNet:
     """The teaching network. weights: None or a local state_dict file."""
-    return load_weights(SimpleResNet(**kwargs), weights, progress)
+    model = SimpleResNet(**kwargs)
+    load_weights(model, weights, progress)
+    return model

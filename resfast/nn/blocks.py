@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -136,7 +137,7 @@ class Block(Fusible):
     def forward(self, x: Tensor) -> Tensor:
         if not self.checkpoint or not torch.is_grad_enabled() or traced(x):
             return self._forward(x)
-        options = {}
+        options: dict[str, Any] = {}
         # Fused ops, and compiled graphs, count a batch once by themselves.
         if not torch.compiler.is_compiling() and any(r.op == "unfused" for r in self.plan()):
             options["context_fn"] = lambda: (contextlib.nullcontext(), _scratch_statistics(self))
@@ -192,7 +193,7 @@ class ResidualBlock(Block):
     def _forward(self, x: Tensor) -> Tensor:
         if traced(x) or self._block_reason() is not None:
             return self._forward_layers(x)
-        children = self._modules
+        children: dict[str, Any] = self._modules
         convs = [conv_params(children[conv]) for conv, _ in self.layer_names]
         norms = [norm_params(children[bn]) for _, bn in self.layer_names]
         shortcut = self.downsample
@@ -225,7 +226,7 @@ class ResidualBlock(Block):
         y = run_conv_bn_act(conv, bn, y, relu=False, fused=self.fused)
         if self.se is not None:
             y = self.se(y)
-        if self._drops():
+        if self.drop_path is not None and self.drop_path.active:
             y = self.drop_path(y)
         y = y + shortcut
         return F.relu(y) if plain_reason(self.relu, nn.ReLU) is None else self.relu(y)
@@ -244,7 +245,7 @@ class ResidualBlock(Block):
     def _block_reason(self) -> str | None:
         """Why the whole block is not one op in this very state, or None."""
         # On every call's path: children by dict, nn.Module's attribute lookup is slow.
-        children = self._modules
+        children: dict[str, Any] = self._modules
         if not self.fused:
             return _off(self)
         if self.se is not None:
@@ -262,8 +263,7 @@ class ResidualBlock(Block):
         if reason is None and shortcut is not None:
             reason = _shortcut_reason(shortcut)
             if reason is None:
-                _, conv, bn = _split_shortcut(shortcut)
-                reason = _block_layer_reason(conv, bn)
+                reason = _block_layer_reason(*_split_shortcut(shortcut)[1:])
         return reason
 
     def plan(self) -> list[PlanRow]:
@@ -278,7 +278,7 @@ class ResidualBlock(Block):
         if self.downsample is not None:
             reason = _off(self) or _shortcut_reason(self.downsample)
             if reason is None:
-                rows.append(layer_row(self, *children[-2:], why))
+                rows.append(layer_row(self, children[-2], children[-1], why))
             else:
                 rows.append(PlanRow(tuple(children or ["downsample"]), "unfused", reason))
         return rows
@@ -302,11 +302,13 @@ def _shortcut_reason(downsample: nn.Module) -> str | None:
     """Why a shortcut is not ``[pool,] conv, bn`` in a plain Sequential, or None."""
     reason = plain_reason(downsample, nn.Sequential)
     if reason is None and len(downsample._modules) not in (2, 3):
-        reason = f"a shortcut of {len(downsample)} layers"
+        reason = f"a shortcut of {len(downsample._modules)} layers"
     return reason
 
 
-def _split_shortcut(downsample: nn.Sequential) -> tuple[nn.Module | None, nn.Module, nn.Module]:
+def _split_shortcut(
+    downsample: nn.Sequential | Any,  # of a kind that ``_shortcut_reason`` accepts
+) -> tuple[nn.Module | None, nn.Module, nn.Module]:
     layers = list(downsample._modules.values())
     pool = layers[0] if len(layers) == 3 else None
     if type(pool) is nn.Identity and _hook_reason(pool) is None:
@@ -339,7 +341,7 @@ def projection(
     where there is no stride, so that state dict keys do not depend on it.
     """
     if kind == "d":
-        pool = nn.Identity()
+        pool: nn.Module = nn.Identity()
         if stride > 1:
             pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
         return nn.Sequential(pool, conv1x1(c_in, c_out), norm_layer(c_out))

@@ -8,7 +8,8 @@ with a hook) is called as it is.
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,11 +79,16 @@ def plain_reason(m: nn.Module, kind: type) -> str | None:
     return _hook_reason(m) or _global_hook_reason()
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+# Below, ``X | Any`` costs nothing on every call's path: a caller has an ``nn.Module``, a tensor or
+# None, and a ``…_reason`` that returned None has told that it is an X.
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """An int for both directions, or the pair itself."""
     return value if type(value) is tuple else (value, value)
 
 
-def _resolve_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
+def _resolve_padding(conv: nn.Conv2d | Any) -> tuple[int, int] | Any:
     """Numbers for ``padding="valid"`` and ``"same"``; None where 'same' is one-sided."""
     padding = conv.padding
     if not isinstance(padding, str):
@@ -94,15 +100,15 @@ def _resolve_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
     return None if h % 2 or w % 2 else (h // 2, w // 2)
 
 
-def read(m: nn.Module, table: dict[str, Tensor | None], name: str) -> Tensor | None:
-    """``getattr(m, name)``, several times faster where table (m's own) has it.
+def read(m: nn.Module, table: Mapping[str, Tensor | None], name: str) -> Tensor | Any:
+    """``getattr(m, name)``, a tensor or None, several times faster where table (m's own) has it.
 
     It has not in ``nn.DataParallel``'s replicas and under FSDP, which set plain attributes.
     """
     return table[name] if name in table else getattr(m, name)
 
 
-def conv_params(conv: nn.Conv2d) -> ConvParams:
+def conv_params(conv: nn.Conv2d | Any) -> ConvParams:
     """What a fused op needs of a convolution that ``conv_reason`` accepts."""
     parameters = conv._parameters
     return ConvParams(
@@ -115,7 +121,7 @@ def conv_params(conv: nn.Conv2d) -> ConvParams:
     )
 
 
-def norm_params(bn: nn.BatchNorm2d) -> NormParams:
+def norm_params(bn: nn.BatchNorm2d | Any) -> NormParams:
     """What a fused op needs of a batch norm, with the rules of ``BatchNorm2d.forward``."""
     training = bn.training
     parameters, buffers = bn._parameters, bn._buffers
@@ -183,12 +189,8 @@ def stock_tail(
     """Addition and activation after a norm's output y, in either order, by stock functions."""
     in_place = _may_overwrite(norm) and not isinstance(y, fx.Proxy)
     plain, act = _split_activation(relu)
-
-    def add(t: Tensor) -> Tensor:
-        return t.add_(residual) if in_place and t.dtype == residual.dtype else t + residual
-
     if residual is not None and not add_after_act:
-        y = add(y)
+        y = y.add_(residual) if in_place and y.dtype == residual.dtype else y + residual
         in_place = True
     if plain:
         y = F.relu(y, inplace=in_place and not isinstance(y, fx.Proxy))

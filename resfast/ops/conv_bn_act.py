@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resfast.backends.interface import ConvGeometry, empty_nhwc, nhwc
+from resfast.backends.interface import ConvGeometry, NormVectors, empty_nhwc, nhwc
 from resfast.backends.select import select
 from resfast.ops import norm as N
 from resfast.ops import reference
@@ -297,9 +297,9 @@ def _inference_kernel(
     z = output_like(x, weight, conv_bias, g)
     check_norm(z, gamma, beta, running_mean, running_var, False, eps)
     check_residual(residual, z)
-    norm = N.prepare(N.statistics(z, running_mean, running_var, False), gamma, beta, eps)
+    norm = NormVectors(gamma, beta, running_mean, running_var, eps)
     return select("conv_fprop", x).conv_fprop_affine(
-        x, weight, conv_bias, g, norm.affine, residual, relu, add_after_act
+        x, weight, conv_bias, g, norm, residual, relu, add_after_act
     )
 
 

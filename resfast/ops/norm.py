@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resfast.backends.interface import Affine, acc_dtype
+from resfast.backends.interface import Affine, acc_dtype, make_affine
 from resfast.backends.select import select
 
 
@@ -56,10 +56,7 @@ def fake_statistics(z: Tensor) -> Statistics:
 
 def prepare(stats: Statistics, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Norm:
     """scale = gamma·rstd, rstd = 1/√(var + eps)."""
-    rstd = (stats.var + eps).rsqrt_()
-    scale = rstd if gamma is None else gamma.to(rstd.dtype) * rstd
-    offset = torch.zeros_like(rstd) if beta is None else beta.to(rstd.dtype)
-    return Norm(Affine(stats.mean, scale, offset.contiguous()), rstd)
+    return Norm(*make_affine(stats.mean, stats.var, gamma, beta, eps))
 
 
 def apply(

@@ -24,18 +24,15 @@ def _kernel(
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     unbiased = var * (count / max(1, count - 1))
+    share: Tensor | float
     if momentum is not None:
-        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-        running_var.mul_(1 - momentum).add_(unbiased, alpha=momentum)
-        return
-    if num_batches_tracked is None:
+        share = momentum
+    elif num_batches_tracked is not None:
+        share = num_batches_tracked.to(running_mean.dtype).reciprocal()
+    else:
         raise RuntimeError("momentum=None (cumulative average) needs num_batches_tracked")
-    running_mean.lerp_(mean.to(running_mean.dtype), _share(num_batches_tracked, running_mean))
-    running_var.lerp_(unbiased.to(running_var.dtype), _share(num_batches_tracked, running_var))
-
-
-def _share(num_batches_tracked: Tensor, like: Tensor) -> Tensor:
-    return num_batches_tracked.to(like.dtype).reciprocal()
+    running_mean.lerp_(mean.to(running_mean.dtype), share)
+    running_var.lerp_(unbiased.to(running_var.dtype), share)
 
 
 def _fake(running_mean, running_var, num_batches_tracked, mean, var, count, momentum) -> None:
