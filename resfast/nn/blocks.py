@@ -263,7 +263,8 @@ class ResidualBlock(Block):
         if reason is None and shortcut is not None:
             reason = _shortcut_reason(shortcut)
             if reason is None:
-                reason = _block_layer_reason(*_split_shortcut(shortcut)[1:])
+                _, projection_conv, projection_bn = _split_shortcut(shortcut)
+                reason = _block_layer_reason(projection_conv, projection_bn)
         return reason
 
     def plan(self) -> list[PlanRow]:
