@@ -3,8 +3,7 @@
 __version__ = "0.1.0"
 
 from resfast import native
-from resfast.backends import backend
-from resfast.backends.packed import clear_packed_weights
+from resfast.backends import backend, clear_caches
 from resfast.explain import explain
 from resfast.models import (
     PreActResNet,
@@ -43,7 +42,7 @@ __all__ = [
     "SimpleResNet",
     "__version__",
     "backend",
-    "clear_packed_weights",
+    "clear_caches",
     "create_model",
     "explain",
     "list_models",

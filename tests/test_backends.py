@@ -143,3 +143,30 @@ def test_explain_names_ops_backends_and_reasons():
         assert torch.equal(v, state[k]), k
     assert all(p.grad is None for p in model.parameters())
     assert "forward" not in model.layer1[0].__dict__
+
+
+def test_scratch_is_reused_by_its_slot_and_freed():
+    from resfast.backends import scratch as module
+
+    like = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    a, b = module.scratch("a", like), module.scratch("b", like)
+    assert a.shape == like.shape and a.stride() == like.stride() and a.dtype == like.dtype
+    assert a.data_ptr() != b.data_ptr()
+    smaller = torch.empty(1, 3, 4, 5, dtype=torch.bfloat16)
+    assert module.scratch("a", smaller).data_ptr() == a.data_ptr()
+    resfast.clear_caches()
+    assert "slots" not in module._threads.__dict__
+
+
+def test_block_results_survive_the_next_call():
+    """What a block returns must not live in scratch memory."""
+    block = resfast.BasicBlock(4, 4)
+    separate = resfast.nn.Bottleneck(16, 4)
+    for module, c in ((block, 4), (separate, 16)):
+        x = torch.randn(2, c, 6, 6, requires_grad=True)
+        y = module(x)
+        gradients = torch.autograd.grad(y.sum(), [x, *module.parameters()])
+        kept = [t.clone() for t in (y, *gradients)]
+        module(torch.randn(2, c, 6, 6, requires_grad=True)).sum().backward()
+        for t, before in zip((y, *gradients), kept, strict=True):
+            assert torch.equal(t, before)

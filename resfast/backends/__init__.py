@@ -1,5 +1,13 @@
 """Backends: implementations of the seven functions, and the choice among them."""
 
+from resfast.backends.packed import clear_packed_weights
+from resfast.backends.scratch import clear_scratch
 from resfast.backends.select import available, backend, names
 
-__all__ = ["available", "backend", "names"]
+__all__ = ["available", "backend", "clear_caches", "names"]
+
+
+def clear_caches() -> None:
+    """Free packed inference weights and the calling thread's scratch; both come back when needed."""
+    clear_packed_weights()
+    clear_scratch()

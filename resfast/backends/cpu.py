@@ -92,10 +92,9 @@ class CpuBackend(Backend):
         rstd: Tensor,
         y: Tensor | None,
         relu: bool,
-        write_activation: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        activation: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         sum_du, sum_du_xhat = torch.empty_like(rstd), torch.empty_like(rstd)
-        activation = empty_nhwc(z.shape, z) if write_activation else None
         _native.norm_backward_reduce(
             nhwc(dy),
             nhwc(z),
@@ -109,7 +108,7 @@ class CpuBackend(Backend):
             sum_du_xhat,
             activation,
         )
-        return sum_du, sum_du_xhat, activation
+        return sum_du, sum_du_xhat
 
     def norm_backward_apply(
         self,
@@ -120,15 +119,12 @@ class CpuBackend(Backend):
         relu: bool,
         coef_z: Tensor | None,
         coef_1: Tensor | None,
-        need_du: bool,
-        reuse_dy: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        dy, z = nhwc(dy), nhwc(z)
-        dz = dy if reuse_dy else empty_nhwc(z.shape, z)
-        du = empty_nhwc(z.shape, z) if need_du else None
+        dz: Tensor,
+        du: Tensor | None,
+    ) -> None:
         _native.norm_backward_apply(
-            dy,
-            z,
+            nhwc(dy),
+            nhwc(z),
             affine.mean,
             affine.scale,
             affine.beta,
@@ -139,7 +135,6 @@ class CpuBackend(Backend):
             dz,
             du,
         )
-        return dz, du
 
     def norm_apply_max_pool(
         self, z: Tensor, affine: Affine, kernel: int, stride: int, padding: int

@@ -67,14 +67,13 @@ class EagerBackend(Backend):
         rstd: Tensor,
         y: Tensor | None,
         relu: bool,
-        write_activation: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        activation: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         du = _masked(dy, z, affine, y, relu)
         xhat = (z.to(du.dtype) - _channel(affine.mean)) * _channel(rstd)
-        activation = (
-            self.norm_apply(z, affine, None, None, relu, False) if write_activation else None
-        )
-        return du.sum((0, 2, 3)), (du * xhat).sum((0, 2, 3)), activation
+        if activation is not None:
+            self.norm_apply(z, affine, None, None, relu, False, out=activation)
+        return du.sum((0, 2, 3)), (du * xhat).sum((0, 2, 3))
 
     def norm_backward_apply(
         self,
@@ -85,12 +84,13 @@ class EagerBackend(Backend):
         relu: bool,
         coef_z: Tensor | None,
         coef_1: Tensor | None,
-        need_du: bool,
-        reuse_dy: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        du = _masked(dy, z, affine, y, relu)
-        dz = _norm_gradient(du, z, affine, coef_z, coef_1)
-        return dz, nhwc(du.to(z.dtype, copy=True)) if need_du else None
+        dz: Tensor,
+        du: Tensor | None,
+    ) -> None:
+        gradient = _masked(dy, z, affine, y, relu)
+        dz.copy_(_norm_gradient(gradient, z, affine, coef_z, coef_1))
+        if du is not None:
+            du.copy_(gradient)
 
     def norm_apply_max_pool(
         self, z: Tensor, affine: Affine, kernel: int, stride: int, padding: int
@@ -115,7 +115,7 @@ class EagerBackend(Backend):
         padding: int,
     ) -> tuple[Tensor, Tensor]:
         da = _unpool(dy, z, index, kernel, stride, padding)
-        return self.norm_backward_reduce(da, z, affine, rstd, None, True, False)[:2]
+        return self.norm_backward_reduce(da, z, affine, rstd, None, True, None)
 
     def norm_max_pool_backward_apply(
         self,

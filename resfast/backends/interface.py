@@ -130,7 +130,7 @@ class Backend:
         relu: bool,
         add_after_act: bool,
     ) -> Tensor:
-        """conv_fprop with the norm's affine, residual and ReLU as epilogue; here: two steps, in place."""
+        """conv_fprop with the norm, residual and ReLU as epilogue; here: two steps, in place."""
         z = self.conv_fprop(x, weight, bias, g)
         affine = norm.affine(z.dtype)
         return self.norm_apply(z, affine, residual, None, relu, add_after_act, out=z)
@@ -170,9 +170,9 @@ class Backend:
         rstd: Tensor,
         y: Tensor | None,
         relu: bool,
-        write_activation: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(Σdu, Σdu·x̂, act(u) if asked for); du is dy where y is positive, u where y is None."""
+        activation: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(Σdu, Σdu·x̂); du is dy where y is positive, u where y is None. Writes act(u) if asked."""
         raise NotImplementedError
 
     def norm_backward_apply(
@@ -184,12 +184,12 @@ class Backend:
         relu: bool,
         coef_z: Tensor | None,
         coef_1: Tensor | None,
-        need_du: bool,
-        reuse_dy: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(dz, du if asked for); dz = scale·du + coef_z·(z − mean) + coef_1.
+        dz: Tensor,
+        du: Tensor | None,
+    ) -> None:
+        """Writes dz = scale·du + coef_z·(z − mean) + coef_1, and du itself if asked for.
 
-        ``reuse_dy`` lets dz be written over dy (never over a gradient the caller still owns).
+        dz may be dy's memory, where the caller owns that.
         """
         raise NotImplementedError
 

@@ -76,11 +76,11 @@ def _backward_kernel(
     add_after_act: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     norm = N.prepare(N.Statistics(mean, var), gamma, beta, eps)
-    need_du = need_residual and not add_after_act
-    g = N.backward(dy, z, norm, y=y, relu=relu, training=training, need_du=need_du)
-    dr = g.du
-    if need_residual and add_after_act:
-        dr = nhwc(dy).clone()  # the same values, but an op's output may not alias its input
+    dr = empty_nhwc(z.shape, z) if need_residual else None
+    if dr is not None and add_after_act:
+        dr.copy_(dy)  # the same values, but an op's output may not alias its input
+    du = None if add_after_act else dr
+    g = N.backward(dy, z, norm, y=y, relu=relu, training=training, du=du)
     return (
         g.dz,
         absent(z) if gamma is None else g.dgamma.to(gamma.dtype),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resfast.backends.interface import ConvGeometry, NormVectors, empty_nhwc, nhwc
+from resfast.backends.interface import ConvGeometry, NormVectors, empty_nhwc
 from resfast.backends.select import select
 from resfast.ops import norm as N
 from resfast.ops import reference
@@ -124,11 +124,11 @@ def _backward_kernel(
     need_x, need_weight, need_bias, need_residual = need
     geometry = _geometry(stride, padding, dilation, groups)
     norm = N.prepare(N.Statistics(mean, var), gamma, beta, eps)
-    need_du = need_residual and not add_after_act
-    g = N.backward(dy, z, norm, y=y, relu=relu, training=training, need_du=need_du)
-    dr = g.du
-    if need_residual and add_after_act:
-        dr = nhwc(dy).clone()  # the same values, but an op's output may not alias its input
+    dr = empty_nhwc(z.shape, z) if need_residual else None
+    if dr is not None and add_after_act:
+        dr.copy_(dy)  # the same values, but an op's output may not alias its input
+    du = None if add_after_act else dr
+    g = N.backward(dy, z, norm, y=y, relu=relu, training=training, du=du)
     nothing = absent(z)
     dx = dw = db = nothing
     if need_x:

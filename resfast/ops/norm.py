@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resfast.backends.interface import Affine, acc_dtype, make_affine
+from resfast.backends.interface import Affine, acc_dtype, empty_nhwc, make_affine
 from resfast.backends.select import select
 
 
@@ -76,11 +76,9 @@ def apply(
 
 
 class NormGradients(NamedTuple):
-    """dz; du (the residual's gradient) and activation where asked for; dgamma and dbeta ``[C]``."""
+    """dz, and dgamma and dbeta ``[C]``."""
 
     dz: Tensor
-    du: Tensor | None
-    activation: Tensor | None
     dgamma: Tensor
     dbeta: Tensor
 
@@ -103,20 +101,22 @@ def backward(
     y: Tensor | None,
     relu: bool,
     training: bool,
-    need_du: bool = False,
-    need_activation: bool = False,
-    reuse_dy: bool = False,
+    dz: Tensor | None = None,
+    du: Tensor | None = None,
+    activation: Tensor | None = None,
 ) -> NormGradients:
     """Backward of act(norm(z)[+ r]).
 
     ``y`` is the saved output, needed where the ReLU's mask cannot be read off norm(z) alone:
-    a residual joined before the activation.
+    a residual joined before the activation. Written where given: ``dz`` (else a new tensor; dy
+    itself will do if the caller owns it), ``du``, the residual's gradient, and ``activation``.
     """
-    sum_du, sum_du_xhat, activation = select("norm_backward_reduce", z).norm_backward_reduce(
-        dy, z, norm.affine, norm.rstd, y, relu, need_activation
+    sum_du, sum_du_xhat = select("norm_backward_reduce", z).norm_backward_reduce(
+        dy, z, norm.affine, norm.rstd, y, relu, activation
     )
     coef_z, coef_1 = coefficients(norm, sum_du, sum_du_xhat, count(z), training)
-    dz, du = select("norm_backward_apply", z).norm_backward_apply(
-        dy, z, norm.affine, y, relu, coef_z, coef_1, need_du, reuse_dy
+    dz = empty_nhwc(z.shape, z) if dz is None else dz
+    select("norm_backward_apply", z).norm_backward_apply(
+        dy, z, norm.affine, y, relu, coef_z, coef_1, dz, du
     )
-    return NormGradients(dz, du, activation, sum_du_xhat, sum_du)
+    return NormGradients(dz, sum_du_xhat, sum_du)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from resfast.backends.interface import ConvGeometry, empty_nhwc, nhwc
+from resfast.backends.scratch import scratch
 from resfast.backends.select import select
 from resfast.ops import norm as N
 from resfast.ops import reference
@@ -111,7 +112,7 @@ def _kernel(
     for layer in chain[:-1]:
         z, norm = normalised(layer, a)
         zs.append(z)
-        a = N.apply(z, norm)
+        a = N.apply(z, norm, out=scratch("activation", z))
     z, norm = normalised(chain[-1], a)
     residual_norm = None
     saved = [z]
@@ -223,11 +224,16 @@ def _backward_kernel(
     # the block's end: its ReLU's mask is read off the saved output
     a = None
     if memory_efficient:
-        a = N.apply(zs[last - 1], norms[last - 1])
+        a = N.apply(zs[last - 1], norms[last - 1], out=scratch("activation", zs[last - 1]))
         z = chain[last].conv(a)
     else:
         z = zs[last]
     need_residual = need_shortcut_input if shortcut_input is not None else need_x
+    du = None
+    if shortcut is not None or (need_residual and shortcut_input is None):
+        du = scratch("du", z)
+    elif need_residual:
+        du = empty_nhwc(z.shape, z)  # it is the shortcut input's gradient itself
     g = N.backward(
         dy,
         z,
@@ -235,25 +241,28 @@ def _backward_kernel(
         y=out,
         relu=True,
         training=chain[last].training,
-        need_du=need_residual or shortcut is not None,
+        dz=scratch("dz", z),
+        du=du,
     )
-    du, dz = g.du, g.dz
+    dz = g.dz
     gradients: list[_Gradients | None] = [None] * len(weights)
 
     # down the chain; each norm's backward writes the activation its convolution's wgrad needs
     for i in range(last, 0, -1):
-        before = chain[i - 1]
+        before = zs[i - 1]
+        da = dgrad(chain[i], dz, before)
+        wanted = scratch("activation", before) if need_weights[i] and a is None else None
         inner = N.backward(
-            dgrad(chain[i], dz, zs[i - 1]),
-            zs[i - 1],
+            da,
+            before,
             norms[i - 1],
             y=None,
             relu=True,
-            training=before.training,
-            need_activation=need_weights[i] and a is None,
-            reuse_dy=True,
+            training=chain[i - 1].training,
+            dz=da,
+            activation=wanted,
         )
-        a = inner.activation if a is None else a
+        a = wanted if a is None else a
         gradients[i] = result(i, wgrad(i, chain[i], dz, a), g)
         g, dz, a = inner, inner.dz, None
     gradients[0] = result(0, wgrad(0, chain[0], dz, x), g)
@@ -265,7 +274,7 @@ def _backward_kernel(
         j = len(chain)
         zd = shortcut.conv(residual) if memory_efficient else zs[j]
         norm = shortcut.prepare(N.Statistics(shortcut.mean, shortcut.var))
-        g = N.backward(du, zd, norm, y=None, relu=False, training=shortcut.training, reuse_dy=True)
+        g = N.backward(du, zd, norm, y=None, relu=False, training=shortcut.training, dz=du)
         gradients[j] = result(j, wgrad(j, shortcut, g.dz, residual), g)
         dshortcut = dgrad(shortcut, g.dz, residual) if need_residual else None
 
