@@ -150,7 +150,7 @@ def test_scratch_is_reused_by_its_slot_and_freed():
 
     like = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
     a, b = module.scratch("a", like), module.scratch("b", like)
-    assert a.shape == like.shape and a.stride() == like.stride() and a.dtype == like.dtype
+    assert (a.shape, a.stride(), a.dtype) == (like.shape, like.stride(), like.dtype)
     assert a.data_ptr() != b.data_ptr()
     smaller = torch.empty(1, 3, 4, 5, dtype=torch.bfloat16)
     assert module.scratch("a", smaller).data_ptr() == a.data_ptr()

@@ -8,6 +8,6 @@ __all__ = ["available", "backend", "clear_caches", "names"]
 
 
 def clear_caches() -> None:
-    """Free packed inference weights and the calling thread's scratch; both come back when needed."""
+    """Free packed inference weights and the calling thread's scratch; both return when needed."""
     clear_packed_weights()
     clear_scratch()
