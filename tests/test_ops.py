@@ -182,6 +182,23 @@ class TestOpcheck:
         opcheck(raw.residual_block.default, (x, None, w, *vectors, *options))
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 4, 5), (2, 3, 1, 1), (1, 1, 2, 1)], ids=str)
+def test_strides_where_size_1_makes_layouts_ambiguous(shape):
+    """Outputs, gradients and fakes agree on channels_last's strides, whatever came in."""
+    c = shape[1]
+    n = _norm(c, False, torch.float32)
+    z = torch.randn(shape, requires_grad=True)
+    expected = torch.empty(shape, memory_format=torch.channels_last).stride()
+    y = fused.bn_act(z, n, z)
+    w = _leaf(c, c, 1, 1, dtype=torch.float32)
+    for out in (y, fused.conv_bn_act(z, ConvParams(w), n), fused.bn_act(z.detach(), n)):
+        assert out.stride() == expected
+    geometry = ((1, 1), (0, 0), (1, 1), 1)
+    opcheck(raw.bn_act.default, (z, *_vectors(n), z, False, 1e-5, True, False))
+    args = (z, w, None, *_vectors(n), None, *geometry, False, 1e-5, True, False)
+    opcheck(raw.conv_bn_act.default, args)
+
+
 def test_opcheck_inference_ops():
     n, z = _norm(3, False, torch.float32), torch.randn(2, 3, 5, 4)
     vectors = tuple(v.detach() for v in _vectors(n))
