@@ -475,10 +475,15 @@ def compare(
     return {k: _errors(got[k], ref[k], [(s[k], r[k]) for s, r in stock]) for k in ref}
 
 
-def judge_seeds(case: OpCase, dtype: torch.dtype, seeds: int, device: str = "cpu") -> list[Verdict]:
-    """The worst verdict of each quantity over pools of ``seeds`` inputs, both layouts by turns."""
-    layouts = list(LAYOUTS)
-    runs = [compare(case, dtype, layouts[i % 2], i, device) for i in range(seeds)]
+def judge_seeds(
+    case: OpCase,
+    dtype: torch.dtype,
+    seeds: int,
+    device: str = "cpu",
+    layouts: Sequence[str] = tuple(LAYOUTS),
+) -> list[Verdict]:
+    """The worst verdict of each quantity over pools of ``seeds`` inputs, ``layouts`` by turns."""
+    runs = [compare(case, dtype, layouts[i % len(layouts)], i, device) for i in range(seeds)]
     verdicts = []
     for quantity, first in runs[0].items():
         per_pool = min(seeds, max(POOL_INPUTS, -(-POOL_VALUES // first.values)))
