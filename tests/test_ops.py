@@ -589,6 +589,52 @@ def test_bad_block():
         fused.residual_block(x, [conv] * 2, [norm] * 2, shortcut_conv=conv)
 
 
+@pytest.mark.parametrize("name", ["cpu", "eager"])
+@pytest.mark.parametrize(
+    "dy",
+    [torch.randn(2, 4, 4, 3), torch.randn(1, 4, 1, 1), torch.randn(2, 4, 4, 4).double()],
+    ids=["shape", "broadcast", "dtype"],
+)
+def test_bad_gradient_to_the_backward_ops(dy, name):
+    if name == "cpu" and not native.is_available():
+        pytest.skip(f"no native library: {native.load_error()}")
+    z, v, w = torch.randn(2, 4, 4, 4), torch.ones(4), torch.randn(4, 4, 1, 1)
+    geometry = ((1, 1), (0, 0), (1, 1), 1)
+    norm = (v, v, v, v)
+    index = torch.zeros(2, 4, 4, 4, dtype=torch.uint8)
+    lists = ([w, w], [v, v], [v, v], [z, z], [v, v], [v, v], [1, 1, 0, 0, 1, 1, 1] * 2)
+    options = ([1e-5] * 2, [True] * 2, False, False, [True, False, True, True])
+    conv_options = (*geometry, True, 1e-5, True, False, [True, True, False, False])
+    calls = [
+        lambda: raw.bn_act_backward(dy, z, None, *norm, True, 1e-5, True, False, False),
+        lambda: raw.conv_bn_act_backward(dy, z, w, None, z, None, *norm, *conv_options),
+        lambda: raw.bn_act_max_pool_backward(dy, z, index, *norm, 3, 1, 1, True, 1e-5),
+        lambda: raw.residual_block_backward(dy, z, None, z, *lists, *options),
+    ]
+    for call in calls:
+        with resfast.backend(name), pytest.raises(RuntimeError, match="dy"):
+            call()
+
+
+def test_bad_statistics_change_no_buffer():
+    mean, var, batches = torch.zeros(3), torch.ones(3), torch.tensor(0)
+    with pytest.raises(RuntimeError, match="one shape"):
+        raw.update_running_stats(mean, var, batches, torch.ones(4), torch.ones(3), 8, 0.1)
+    with pytest.raises(RuntimeError, match="num_batches_tracked"):
+        raw.update_running_stats(mean, var, None, torch.ones(3), torch.ones(3), 8, None)
+    assert batches == 0
+    assert torch.equal(mean, torch.zeros(3))
+
+
+def test_mixed_devices():
+    t = _good()
+    norm = t.n._replace(weight=torch.ones(4, device="meta"))
+    with pytest.raises(RuntimeError, match="same device"):
+        fused.bn_act(t.r, norm)
+    with pytest.raises(RuntimeError, match="same device"):
+        fused.bn_act(t.r, t.n, torch.empty(2, 4, 4, 4, device="meta"))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -75,6 +75,7 @@ def _backward_kernel(
     need_residual: bool,
     add_after_act: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_residual(dy, z, "dy")
     norm = N.prepare(N.Statistics(mean, var), gamma, beta, eps)
     dr = empty_nhwc(z.shape, z) if need_residual else None
     if dr is not None and add_after_act:

@@ -13,7 +13,7 @@ from resfast.backends.interface import empty_nhwc, nhwc
 from resfast.backends.select import select
 from resfast.ops import norm as N
 from resfast.ops import reference
-from resfast.ops.checks import check_activation, check_norm, check_strict
+from resfast.ops.checks import check_activation, check_norm, check_residual, check_strict
 from resfast.ops.params import NormParams
 from resfast.ops.registry import FusedOp, absent, double_backward, present
 from resfast.ops.running_stats import update_running_stats
@@ -101,6 +101,8 @@ def _backward_kernel(
     training: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    pooled = z.new_empty(1).expand(_pooled(z, kernel_size, stride, padding))
+    check_residual(dy, pooled, "dy")
     norm = N.prepare(N.Statistics(mean, var), gamma, beta, eps)
     window = (kernel_size, stride, padding)
     sum_du, sum_du_xhat = select("norm_backward_reduce", z).norm_max_pool_backward_reduce(

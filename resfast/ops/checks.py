@@ -90,7 +90,7 @@ def check_norm(
 
 
 def check_residual(residual: Tensor | None, z: Tensor, name: str = "residual") -> None:
-    """Same shape, dtype and device as z: an op never broadcasts or promotes. RuntimeError."""
+    """Same shape, dtype and device as z, a gradient too: ops never broadcast or promote."""
     if residual is None:
         return
     if residual.shape != z.shape:

@@ -121,6 +121,7 @@ def _backward_kernel(
     add_after_act: bool,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_residual(dy, z, "dy")
     need_x, need_weight, need_bias, need_residual = need
     geometry = _geometry(stride, padding, dilation, groups)
     norm = N.prepare(N.Statistics(mean, var), gamma, beta, eps)

@@ -204,6 +204,7 @@ def _backward_kernel(
     chain, shortcut = _layers(
         weights, gammas, betas, means, variances, geometry, eps, training, projection
     )
+    check_residual(dy, out, "dy")
     need_x, need_shortcut_input, *need_weights = need
     residual = x if shortcut_input is None else shortcut_input
     norms = [layer.prepare(N.Statistics(layer.mean, layer.var)) for layer in chain]

@@ -21,16 +21,22 @@ def _kernel(
     # Inside a backward pass this is activation checkpointing's second forward of the same batch.
     if torch._C._current_graph_task_id() != -1 or count == 0:
         return
+    if not running_mean.shape == running_var.shape == mean.shape == var.shape:
+        raise RuntimeError(
+            f"running_mean {tuple(running_mean.shape)}, running_var {tuple(running_var.shape)}, "
+            f"mean {tuple(mean.shape)} and var {tuple(var.shape)} must have one shape"
+        )
+    if momentum is None and num_batches_tracked is None:
+        raise RuntimeError("momentum=None (cumulative average) needs num_batches_tracked")
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     unbiased = var * (count / max(1, count - 1))
     share: Tensor | float
     if momentum is not None:
         share = momentum
-    elif num_batches_tracked is not None:
-        share = num_batches_tracked.to(running_mean.dtype).reciprocal()
     else:
-        raise RuntimeError("momentum=None (cumulative average) needs num_batches_tracked")
+        assert num_batches_tracked is not None
+        share = num_batches_tracked.to(running_mean.dtype).reciprocal()
     running_mean.lerp_(mean.to(running_mean.dtype), share)
     running_var.lerp_(unbiased.to(running_var.dtype), share)
 
