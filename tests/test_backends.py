@@ -170,3 +170,17 @@ def test_block_results_survive_the_next_call():
         module(torch.randn(2, c, 6, 6, requires_grad=True)).sum().backward()
         for t, before in zip((y, *gradients), kept, strict=True):
             assert torch.equal(t, before)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("dtype", "functions"),
+    [(torch.float32, {"conv_fprop"}), (torch.bfloat16, {"conv_fprop", "norm_apply"})],
+    ids=str,
+)
+def test_explain_says_when_inference_takes_two_steps(dtype, functions):
+    block = resfast.BasicBlock(4, 4).eval().to(dtype)
+    with torch.no_grad():
+        report = resfast.explain(block, torch.randn(2, 4, 6, 6, dtype=dtype))
+    assert set(report.rows[0].backends) == functions
+    assert ("cpu convolution epilogue" in report.declined) == (len(functions) == 2)

@@ -707,6 +707,7 @@ def test_weights_from_a_file(tmp_path):
 
 def test_weights_from_an_enumeration():
     class Weights:
+        # torchvision's members carry a plain dict, and the code under test asks for one
         meta = {"categories": ["a", "b", "c"]}  # noqa: RUF012
 
         def get_state_dict(self, progress):

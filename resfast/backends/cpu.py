@@ -15,7 +15,7 @@ from resfast.backends.interface import (
     empty_nhwc,
     nhwc,
 )
-from resfast.backends.packed import packed_convolution
+from resfast.backends.packed import packed_convolution, packing_declines
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _native = torch.ops.resfast
@@ -45,15 +45,14 @@ class CpuBackend(Backend):
         relu: bool,
         add_after_act: bool,
     ) -> Tensor:
-        packed = packed_convolution(x, weight, bias, g, norm, residual)
-        if packed is None:
-            return super().conv_fprop_affine(
-                x, weight, bias, g, norm, residual, relu, add_after_act
-            )
+        packed = packed_convolution(x, weight, bias, g, norm)
         y = packed(nhwc(x), None if add_after_act or residual is None else nhwc(residual), relu)
         if add_after_act and residual is not None:
             y.add_(residual)
         return nhwc(y)
+
+    def epilogue_declines(self, x: Tensor, weight: Tensor, residual: Tensor | None) -> str | None:
+        return packing_declines(x, weight, residual)
 
     def norm_stats(self, z: Tensor) -> tuple[Tensor, Tensor]:
         mean = torch.empty(z.shape[1], dtype=acc_dtype(z.dtype))

@@ -130,10 +130,12 @@ class Backend:
         relu: bool,
         add_after_act: bool,
     ) -> Tensor:
-        """conv_fprop with the norm, residual and ReLU as epilogue; here: two steps, in place."""
-        z = self.conv_fprop(x, weight, bias, g)
-        affine = norm.affine(z.dtype)
-        return self.norm_apply(z, affine, residual, None, relu, add_after_act, out=z)
+        """conv_fprop with the norm, residual and ReLU in the convolution's own epilogue."""
+        raise NotImplementedError
+
+    def epilogue_declines(self, x: Tensor, weight: Tensor, residual: Tensor | None) -> str | None:
+        """Why ``conv_fprop_affine`` does not take these, or None."""
+        return "its convolution is the library's, without such an epilogue"
 
     def conv_dgrad(self, dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
         """dx ``[N, C, H, W]`` from dz ``[N, K, P, Q]``; of ``x`` only shape and layout matter."""

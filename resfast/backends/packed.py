@@ -58,21 +58,25 @@ def _sample(weight: Tensor, bias: Tensor | None, norm: NormVectors) -> Tensor:
     return torch.cat([v.detach() for v in vectors if v is not None])
 
 
-def packed_convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    g: ConvGeometry,
-    norm: NormVectors,
-    residual: Tensor | None,
-) -> PackedConvolution | None:
-    """A function (x, residual, relu) → y, or None where oneDNN cannot run it this way."""
-    if x.dtype != torch.float32 or x.numel() == 0 or not torch.backends.mkldnn.enabled:
-        return None
-    if not torch.backends.mkldnn.is_available() or weight.is_inference():
-        return None
+def packing_declines(x: Tensor, weight: Tensor, residual: Tensor | None) -> str | None:
+    """Why oneDNN cannot run this convolution with its norm as a post-op, or None."""
+    if x.dtype != torch.float32:
+        return f"oneDNN post-ops take no per-channel scale, and {x.dtype} weights do not bear one"
+    if not torch.backends.mkldnn.enabled or not torch.backends.mkldnn.is_available():
+        return "oneDNN is off"
+    if x.numel() == 0:
+        return "an empty batch"
+    if weight.is_inference():
+        return "an inference tensor's weights have no version to cache by"
     if residual is not None and residual.shape[2:] == (1, 1):
-        return None  # the binary op fails to create its memory descriptor
+        return "oneDNN's binary post-op cannot describe a 1×1 residual"
+    return None
+
+
+def packed_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, norm: NormVectors
+) -> PackedConvolution:
+    """A function (x, residual, relu) → y, where ``packing_declines`` has no objection."""
     given = (bias is not None, norm.weight is not None, norm.bias is not None)
     key = _Key(weight._version, weight.data_ptr(), g, norm.eps, given, tuple(x.shape))
     entry = _cache.get(weight)

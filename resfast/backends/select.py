@@ -56,13 +56,15 @@ def _reason_against(candidate: Backend, function: str, z: Tensor) -> str | None:
     return candidate.unavailable_reason() or candidate.declines(function, z)
 
 
-def select(function: str, z: Tensor) -> Backend:
+def select(function: str, z: Tensor, declined: dict[str, str] | None = None) -> Backend:
     """The backend that runs ``function`` on a tensor like ``z``.
+
+    ``declined``: reasons already given for not doing it in a better way, for the report.
 
     Raises:
         RuntimeError: a backend is forced and declines; it never falls back silently.
     """
-    declined: dict[str, str] = {}
+    declined = dict(declined or {})
     for name in (_forced,) if _forced else _BACKENDS:
         candidate = _BACKENDS[name]
         reason = _reason_against(candidate, function, z)

@@ -299,9 +299,15 @@ def _inference_kernel(
     check_norm(z, gamma, beta, running_mean, running_var, False, eps)
     check_residual(residual, z)
     norm = NormVectors(gamma, beta, running_mean, running_var, eps)
-    return select("conv_fprop", x).conv_fprop_affine(
-        x, weight, conv_bias, g, norm, residual, relu, add_after_act
-    )
+    backend = select("conv_fprop", x)
+    reason = backend.epilogue_declines(x, weight, residual)
+    if reason is None:
+        return backend.conv_fprop_affine(
+            x, weight, conv_bias, g, norm, residual, relu, add_after_act
+        )
+    z = backend.conv_fprop(x, weight, conv_bias, g)
+    second = select("norm_apply", z, {f"{backend.name} convolution epilogue": reason})
+    return second.norm_apply(z, norm.affine(z.dtype), residual, None, relu, add_after_act, out=z)
 
 
 def _inference_fake(

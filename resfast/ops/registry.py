@@ -33,7 +33,7 @@ class FusedOp:
         """Register the formula; ``backward`` calls an op, so that it differentiates in turn.
 
         Both have the form ``torch.library.register_autograd`` asks for, with lists of tensors as
-        arguments and outputs; that one's own handling of lists costs more than a small block.
+        arguments and outputs; that one walks generic trees of lists on every call.
         """
         kernel = _autograd_kernel(self.op, setup_context, backward)
         LIBRARY.impl(self.name, kernel, "Autograd", with_keyset=True)
