@@ -1,4 +1,4 @@
-"""The command line: `resfast train | predict | info | check`. Each command is one function."""
+"""The command line, `resfast train | predict | bench | info | check`: a function a command."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ EXAMPLES = {
     "": """examples:
   resfast train                          train on real handwritten digits, about a minute
   resfast predict runs/NAME              classify the images it never saw
+  resfast bench                          compare speed with what people use instead
   resfast info                           what is built and what runs here
   resfast check                          compare numerics with stock PyTorch""",
     "train": """examples:
@@ -31,6 +32,12 @@ Ctrl-C saves a checkpoint first. Exit status: 0 done, 1 failed, 2 bad options, 1
   resfast predict runs/NAME
   resfast predict runs/NAME seven.png --invert
   resfast predict runs/NAME/best.pt --json""",
+    "bench": """examples:
+  resfast bench
+  resfast bench --model resnet50 --train --batch 8 --peers all --floor --save out.json
+  resfast bench --batch 16 --peers eager-nhwc,openvino --plot out.png
+  resfast bench --report bench/results/*/*.json --plot speed.svg
+Peers that cannot run here are listed with the reason. Above 1×, resfast is faster.""",
     "info": "examples:\n  resfast info\n  resfast info --json",
     "check": """examples:
   resfast check --quick
@@ -111,6 +118,9 @@ def build_parser() -> Parser:
     predict.add_argument("--show", type=_count, default=5, help="test images to list (default: 5)")
     predict.add_argument("--json", action="store_true", help="machine-readable output")
 
+    bench = _command(commands, "bench", "race a model against what people use instead", _bench)
+    _add_bench_options(bench)
+
     info = _command(commands, "info", "what is built, what runs here, and why not", _info)
     info.add_argument("--json", action="store_true", help="machine-readable output")
 
@@ -124,6 +134,38 @@ def build_parser() -> Parser:
     )
     check.add_argument("--out", type=Path, help="also write the report here, as JSON")
     return parser
+
+
+def _add_bench_options(parser: Parser) -> None:
+    parser.add_argument("--model", default="resnet18", help="see resfast info (default: resnet18)")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--train", action="store_true", help="forward, loss and backward of a batch")
+    kind.add_argument("--infer", action="store_true", help="forward in eval mode (default)")
+    parser.add_argument("--batch", type=_positive, default=1, help="images a step, default: 1")
+    parser.add_argument(
+        "--image", type=_positive, default=224, help="side in pixels (default: 224)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    parser.add_argument("--device", default="auto", help="as in train (default: auto)")
+    parser.add_argument("--threads", type=_positive, help="CPU threads (default: PyTorch's)")
+    parser.add_argument(
+        "--peers", default="default", help="all, default, or names with commas (default: default)"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=10.0, help="seconds of timing per peer (default: 10)"
+    )
+    parser.add_argument(
+        "--floor", action="store_true", help="also measure the machine's limits: the roofline"
+    )
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the record as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it: .png, .svg or .pdf")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="measure nothing: table and picture of saved records, as in README",
+    )
 
 
 def _command(commands: Any, name: str, text: str, run: Any) -> Parser:
@@ -202,6 +244,32 @@ def _predict(arguments: argparse.Namespace) -> int:
     )
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from resfast.benchmark import command
+    from resfast.benchmark.work import Work
+    from resfast.training.config import resolve_device
+
+    if arguments.report is not None:
+        return command.draw(arguments.report, arguments.plot)
+    work = Work(
+        arguments.model,
+        arguments.batch,
+        arguments.train,
+        arguments.image,
+        arguments.dtype,
+        str(resolve_device(arguments.device)),
+    )
+    return command.bench(
+        work,
+        arguments.peers,
+        budget=arguments.budget,
+        roofline=arguments.floor,
+        threads=arguments.threads,
+        save=arguments.save,
+        plot=arguments.plot,
+    )
+
+
 def _info(arguments: argparse.Namespace) -> int:
     from resfast.info import info
 
@@ -221,6 +289,13 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
 
 
