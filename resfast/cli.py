@@ -152,7 +152,7 @@ def _add_bench_options(parser: Parser) -> None:
         "--peers", default="default", help="all, default, or names with commas (default: default)"
     )
     parser.add_argument(
-        "--budget", type=float, default=10.0, help="seconds of timing per peer (default: 10)"
+        "--budget", type=_seconds, default=10.0, help="timing per peer, in seconds (default: 10)"
     )
     parser.add_argument(
         "--floor", action="store_true", help="also measure the machine's limits: the roofline"
@@ -247,10 +247,12 @@ def _predict(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from resfast.benchmark import command
     from resfast.benchmark.work import Work
-    from resfast.training.config import resolve_device
+    from resfast.models import list_models
+    from resfast.training.config import check_model, resolve_device
 
     if arguments.report is not None:
         return command.draw(arguments.report, arguments.plot)
+    check_model(arguments.model, list_models())
     work = Work(
         arguments.model,
         arguments.batch,
@@ -296,6 +298,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""resfast.training: data, loop, checkpoints, throughput. On the CPU, in one thread."""
+"""resfast.training: data, loop, checkpoints. On the CPU, in one thread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from resfast.training.config import OptionError, TrainConfig, UserError
 from resfast.training.data import Augment, SeededSampler, load_dataset, stratified_split
 from resfast.training.loop import Stopped, StopSignals, Trainer, TrainStep, learning_rate
 from resfast.training.report import Recorder, binomial_interval
-from resfast.training.throughput import compare, median_interval
 
 CPU = torch.device("cpu")
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -492,7 +491,7 @@ def test_trainer_writes_plain_finite_checkpoints(tmp_path):
     assert best["best"]["validation_accuracy"] > 0.3
 
 
-# Metrics and throughput
+# Metrics
 
 
 def test_rewind_drops_what_will_be_written_again(tmp_path):
@@ -518,68 +517,6 @@ def test_interval_of_a_proportion():
     assert (low + high) / 2 == pytest.approx((0.8 + 3.8416 / 20) / 1.38416)
     assert binomial_interval(10, 10)[1] == pytest.approx(1.0)
     assert binomial_interval(10, 10)[0] == pytest.approx(10 / 13.8416)
-
-
-class FakeSteps:
-    """Two step functions that advance a clock of their own and note the order."""
-
-    def __init__(self, a: float, b: float, drift: float = 0.0, noise: float = 0.0) -> None:
-        self.now, self.drift, self.calls = 0.0, drift, ""
-        self.seconds = {"a": a, "b": b}
-        self.random = torch.Generator().manual_seed(0)
-        self.noise = noise
-
-    def step(self, name: str) -> None:
-        self.calls += name
-        wobble = 1 + self.noise * (torch.rand((), generator=self.random).item() - 0.5)
-        self.now += self.seconds[name] * wobble * (1 + self.drift * len(self.calls))
-
-    def compare(self, **options):
-        return compare(
-            lambda: self.step("a"), lambda: self.step("b"), 64, clock=lambda: self.now, **options
-        )
-
-
-def test_known_ratio_is_found_through_drift():
-    """The machine slows down threefold over the measurement; the ratio stays 1.5."""
-    fake = FakeSteps(0.1, 0.15, drift=0.02)
-    result = fake.compare(budget=10.0)
-    assert result is not None
-    assert result.ratio == pytest.approx(1.5, rel=0.03)
-    assert result.differs
-    assert 1 < result.low <= result.ratio <= result.high
-    assert fake.calls == "ab" * (len(fake.calls) // 2)
-
-
-def test_rates_are_images_over_median_seconds():
-    result = FakeSteps(0.1, 0.2).compare()
-    assert result is not None
-    assert result.rate_a == pytest.approx(640)
-    assert result.rate_b == pytest.approx(320)
-    assert result.steps_per_sample == 1
-    assert result.verdict().startswith("2.00×")
-
-
-def test_equal_steps_under_noise_are_called_no_difference():
-    result = FakeSteps(0.1, 0.1, noise=0.5).compare()
-    assert result is not None
-    assert not result.differs
-    assert result.verdict().startswith("no difference")
-
-
-def test_short_steps_are_grouped_and_a_stop_ends_the_measurement():
-    result = FakeSteps(0.001, 0.001).compare(budget=1.0)
-    assert result is not None
-    assert result.steps_per_sample == 20
-    fake = FakeSteps(0.1, 0.1)
-    assert fake.compare(stopped=lambda: len(fake.calls) >= 10) is None
-    assert len(fake.calls) == 10
-
-
-@pytest.mark.parametrize(("count", "low"), [(6, 0), (7, 0), (9, 1), (15, 3), (20, 5), (41, 13)])
-def test_ranks_of_the_median_interval(count, low):
-    """The ranks in the tables of the sign test at 95 %, counted from 0."""
-    assert median_interval(count) == (low, count - 1 - low)
 
 
 def test_interrupted_process_leaves_a_usable_checkpoint(tmp_path):

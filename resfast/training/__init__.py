@@ -1,1 +1,1 @@
-"""Training a ResNet on the fused blocks: `data`, `loop`, `checkpoint`, `throughput`."""
+"""Training a ResNet on the fused blocks: `data`, `loop`, `checkpoint`."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from resfast.benchmark.timing import Race, race, timer_for
 from resfast.diagnostics.curves import draw_curves, read_metrics
 from resfast.diagnostics.environment import device_info, now, versions
 from resfast.nn import unfused
@@ -32,7 +33,6 @@ from resfast.training.loop import Score, Stopped, StopSignals, Trainer, TrainSte
 from resfast.training.model import create_for, model_names
 from resfast.training.predict import find_checkpoint
 from resfast.training.report import Progress, Recorder, binomial_interval, on_row, table
-from resfast.training.throughput import Comparison, compare
 
 # Images up to this side train in one thread unless told otherwise: their steps are short, and
 # OpenMP's threads spin while they wait for each other. On a busy two-core machine two threads
@@ -103,25 +103,25 @@ def train(
         return _finish(trainer, folder, header, comparison, stop, quiet)
 
 
-def compare_with_eager(
+def race_with_eager(
     trainer: Trainer, stop: StopSignals | None = None, budget: float = 10.0
-) -> Comparison | None:
-    """Training steps of copies of the model, fused and unfused, on one batch; A is the fused."""
+) -> Race | None:
+    """Training steps of copies of the model, "resfast" and "eager" (unfused), on one batch."""
     config, device = trainer.config, trainer.device
     trainer.sampler.batch = 0
     inputs, labels = trainer.batch(next(iter(trainer.sampler)))
-    steps: list[Callable[[], object]] = []
-    for twin in (copy.deepcopy(trainer.model), unfused(trainer.model)):
+    steps: dict[str, Callable[[], object]] = {}
+    for name, twin in (
+        ("resfast", copy.deepcopy(trainer.model)),
+        ("eager", unfused(trainer.model)),
+    ):
         step = TrainStep(place(twin, device).train(), config, device)
         step.set_lr(config.peak_lr / 100)
-        steps.append(functools.partial(step, inputs, labels))
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    return compare(
-        steps[0],
-        steps[1],
-        config.batch_size,
+        steps[name] = functools.partial(step, inputs, labels)
+    return race(
+        steps,
         budget=budget,
-        sync=sync,
+        timer=timer_for(device),
         stopped=lambda: stop is not None and stop.signum is not None,
     )
 
@@ -137,23 +137,23 @@ def _finish(
     best, chosen = find_checkpoint(folder)
     trainer.model.load_state_dict(best["model"])
     score = trainer.evaluate(trainer.data.test)
-    faster = None
+    steps = None
     if comparison and stop.signum is None:
         if not quiet:
             print("comparing with the unfused twin …", file=sys.stderr, flush=True)
-        faster = compare_with_eager(trainer, stop)
-    metrics = _metrics(trainer, header, score, faster)
+        steps = race_with_eager(trainer, stop)
+    metrics = _metrics(trainer, header, score, steps)
     metrics["test"]["checkpoint"] = chosen.name
     write_atomically(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     title = f"{trainer.config.model} on {trainer.data.name}: test accuracy {score.accuracy:.2%}"
     draw_curves(read_metrics(folder / "metrics.jsonl"), folder / "curve.png", title)
     if not quiet:
-        print(_summary(metrics, faster, folder))
+        print(_summary(metrics, folder))
     return 0 if stop.signum is None else 128 + stop.signum
 
 
 def _metrics(
-    trainer: Trainer, header: dict[str, Any], score: Score, faster: Comparison | None
+    trainer: Trainer, header: dict[str, Any], score: Score, steps: Race | None
 ) -> dict[str, Any]:
     config, data = trainer.config, trainer.data
     low, high = binomial_interval(score.correct, score.images)
@@ -184,18 +184,22 @@ def _metrics(
             "seconds": trainer.seconds,
             "images_per_second": trainer.step * config.batch_size / trainer.seconds,
         },
-        "comparison": None
-        if faster is None
-        else {
-            "what": "training step on one batch, resfast over its unfused channels_last twin",
-            "resfast_images_per_second": faster.rate_a,
-            "eager_images_per_second": faster.rate_b,
-            **faster.to_dict(),
-        },
+        "comparison": None if steps is None else _comparison(steps, config.batch_size),
     }
 
 
-def _summary(metrics: dict[str, Any], faster: Comparison | None, folder: Path) -> str:
+def _comparison(steps: Race, batch: int) -> dict[str, Any]:
+    ratio = steps.ratio("resfast", "eager")
+    return {
+        "what": "training step on one batch, resfast over its unfused channels_last twin",
+        "resfast_images_per_second": batch / steps.median("resfast"),
+        "eager_images_per_second": batch / steps.median("eager"),
+        "verdict": ratio.verdict(),
+        **ratio.to_dict(),
+    }
+
+
+def _summary(metrics: dict[str, Any], folder: Path) -> str:
     test, training, model = metrics["test"], metrics["training"], metrics["model"]
     low, high = test["interval_95"]
     sizes, device, options = metrics["data"]["sizes"], metrics["device"], metrics["options"]
@@ -219,11 +223,12 @@ def _summary(metrics: dict[str, Any], faster: Comparison | None, folder: Path) -
             f"({training['epochs']} epochs, augmentation included)",
         ),
     ]
-    if faster is not None:
+    if (compared := metrics["comparison"]) is not None:
+        eager = f"{compared['eager_images_per_second']:,.0f} images/s"
         rows += [
-            ("step, resfast", f"{faster.rate_a:,.0f} images/s"),
-            ("step, eager", f"{faster.rate_b:,.0f} images/s (unfused twin, channels_last)"),
-            ("resfast / eager", faster.verdict()),
+            ("step, resfast", f"{compared['resfast_images_per_second']:,.0f} images/s"),
+            ("step, eager", f"{eager} (unfused twin, channels_last)"),
+            ("resfast / eager", compared["verdict"]),
         ]
     rows.append(("run folder", f"{folder} (metrics.json, metrics.jsonl, curve.png, {BEST})"))
     return table(rows)
