@@ -66,7 +66,7 @@ def _stock_bn_act_max_pool(x, norm):
 
 
 def _stock_residual_block(x, convs, norms, **options):
-    return _chain(stock_ops, x, convs, norms, **options)
+    return block_by_layers(stock_ops, x, convs, norms, **options)
 
 
 stock_ops = SimpleNamespace(
@@ -124,15 +124,17 @@ class OpCase:
                 tensors[f"{key}_{name}"] = v.to(vector_dtype)
         return {k: v.to(device) for k, v in tensors.items()}
 
-    def run(self, ops: Any, tensors: Tensors, dy: Tensor | None, layout: str) -> Tensors:
-        """Forward and backward: y, d<leaf> for each leaf, mean_<norm> and var_<norm> afterwards."""
+    def prepare(
+        self, tensors: Tensors, layout: str, gradients: bool = True
+    ) -> tuple[Tensors, list[str], dict[str, NormParams]]:
+        """Copies in `layout` to call the op on, the names of its leaves, and its norms."""
         t = {
             k: v.contiguous(memory_format=LAYOUTS[layout]) if v.dim() == 4 else v.clone()
             for k, v in tensors.items()
         }
         leaves = [k for k in t if not k.startswith(("mean_", "var_"))]
         for k in leaves:
-            t[k] = t[k].detach().requires_grad_()
+            t[k] = t[k].detach().requires_grad_(gradients)
         norms = {
             name: NormParams(
                 t[f"gamma_{name}"],
@@ -144,6 +146,11 @@ class OpCase:
             )
             for name in self.norms
         }
+        return t, leaves, norms
+
+    def run(self, ops: Any, tensors: Tensors, dy: Tensor | None, layout: str) -> Tensors:
+        """Forward and backward: y, d<leaf> for each leaf, mean_<norm> and var_<norm> afterwards."""
+        t, leaves, norms = self.prepare(tensors, layout)
         y = self.call(ops, t, norms)
         result = {"y": y.detach()}
         if dy is not None:
@@ -183,7 +190,7 @@ class _Recording:
         return self.ops.bn_act_max_pool(x, norm)
 
     def residual_block(self, x, convs, norms, **options):
-        _chain(self, x, convs, norms, **options)
+        block_by_layers(self, x, convs, norms, **options)
         # the block itself joins a projection without rounding it first
         y = self.ops.residual_block(x, convs, norms, **options)
         self.branches[-1] = reference.positive(y)
@@ -226,10 +233,10 @@ class _Reference:
         return y
 
     def residual_block(self, x, convs, norms, **options):
-        return _chain(self, x, convs, norms, **options)
+        return block_by_layers(self, x, convs, norms, **options)
 
 
-def _chain(
+def block_by_layers(
     ops,
     x,
     convs,
@@ -269,94 +276,139 @@ def _fused_pool_index(x: Tensor, norm: NormParams) -> Tensor:
     return (within.long() // 3 + p) * x.shape[3] + within.long() % 3 + q
 
 
+Shape = tuple[int, ...]
+
+
+def bn_case(
+    name: str, shape: Shape, training: bool, *, residual: bool = False, **options
+) -> OpCase:
+    """bn_act on x of `shape`; `options` are its own."""
+    return OpCase(
+        name,
+        {"x": shape, **({"r": shape} if residual else {})},
+        {"1": shape[1]},
+        lambda ops, t, n: ops.bn_act(t["x"], n["1"], t.get("r"), **options),
+        training,
+    )
+
+
+def max_pool_case(name: str, shape: Shape, training: bool) -> OpCase:
+    return OpCase(
+        name,
+        {"x": shape},
+        {"1": shape[1]},
+        lambda ops, t, n: ops.bn_act_max_pool(t["x"], n["1"]),
+        training,
+    )
+
+
+def conv_case(
+    name: str,
+    shape: Shape,
+    weight: Shape,
+    training: bool,
+    *,
+    residual: bool = False,
+    bias: bool = False,
+    stride: int = 1,
+    groups: int = 1,
+    **options,
+) -> OpCase:
+    """conv_bn_act on x of `shape`, padded to "same"; `options` are its own."""
+    k, side = weight[0], weight[2]
+    shapes = {"x": shape, "w": weight}
+    if residual:
+        # ⌊(H + 2·(side // 2) − side) / stride⌋ + 1 for odd sides
+        shapes["r"] = (shape[0], k, *((s - 1) // stride + 1 for s in shape[2:]))
+    if bias:
+        shapes["b"] = (k,)
+    geometry = (stride, stride), (side // 2, side // 2), (1, 1), groups
+    return OpCase(
+        name,
+        shapes,
+        {"1": k},
+        lambda ops, t, n: ops.conv_bn_act(
+            t["x"], ConvParams(t["w"], t.get("b"), *geometry), n["1"], t.get("r"), **options
+        ),
+        training,
+    )
+
+
+def block_case(
+    name: str,
+    shape: Shape,
+    weights: Sequence[Shape],
+    training: bool,
+    *,
+    stride: int = 1,
+    projection: bool = False,
+    **options,
+) -> OpCase:
+    """residual_block on x of `shape`; its first 3×3 convolution strides (ResNet v1.5)."""
+    last = weights[-1][0]
+    shapes = {"x": shape} | {f"w{i}": w for i, w in enumerate(weights)}
+    norms = {str(i): w[0] for i, w in enumerate(weights)}
+    if projection:
+        shapes["wd"] = (last, shape[1], 1, 1)
+        norms["d"] = last
+
+    def call(ops, t, n):
+        convs: list[ConvParams] = []
+        for i, w in enumerate(weights):
+            pad = (w[2] // 2, w[3] // 2)
+            s = stride if w[2] == 3 and stride not in [x.stride[0] for x in convs] else 1
+            convs.append(ConvParams(t[f"w{i}"], None, (s, s), pad))
+        shortcut = {}
+        if projection:
+            shortcut = {
+                "shortcut_conv": ConvParams(t["wd"], None, (stride, stride)),
+                "shortcut_norm": n["d"],
+            }
+        ordered = [n[str(i)] for i in range(len(weights))]
+        return ops.residual_block(t["x"], convs, ordered, **shortcut, **options)
+
+    return OpCase(name, shapes, norms, call, training)
+
+
+def basic_weights(c: int, planes: int) -> list[Shape]:
+    return [(planes, c, 3, 3), (planes, planes, 3, 3)]
+
+
+def bottleneck_weights(c: int, planes: int, k: int) -> list[Shape]:
+    return [(planes, c, 1, 1), (planes, planes, 3, 3), (k, planes, 1, 1)]
+
+
 def op_cases(training: bool) -> list[OpCase]:
     """Every op in every form: residual orders, strides, groups, blocks of both kinds."""
     shape = (2, 64, 10, 9)
     c = shape[1]
 
-    def bn(name: str, residual: bool, **options) -> OpCase:
-        shapes = {"x": shape, **({"r": shape} if residual else {})}
-        return OpCase(
-            name,
-            shapes,
-            {"1": c},
-            lambda ops, t, n: ops.bn_act(t["x"], n["1"], t.get("r"), **options),
-            training,
-        )
+    def bn(name: str, **options) -> OpCase:
+        return bn_case(name, shape, training, **options)
 
-    def conv(name: str, weight: tuple[int, ...], out: tuple[int, int], residual: bool, **geometry):
-        options = {k: geometry.pop(k) for k in ("relu", "add_after_act") if k in geometry}
-        bias = geometry.pop("bias", False)
-        k = weight[0]
-        shapes: dict[str, tuple[int, ...]] = {"x": shape, "w": weight}
-        if residual:
-            shapes["r"] = (shape[0], k, *out)
-        if bias:
-            shapes["b"] = (k,)
-        return OpCase(
-            name,
-            shapes,
-            {"1": k},
-            lambda ops, t, n: ops.conv_bn_act(
-                t["x"], ConvParams(t["w"], t.get("b"), **geometry), n["1"], t.get("r"), **options
-            ),
-            training,
-        )
+    def conv(name: str, weight: Shape, **options) -> OpCase:
+        return conv_case(name, shape, weight, training, **options)
 
-    def block(
-        name: str, weights: Sequence[tuple[int, ...]], stride: int, projection: bool, **options
-    ):
-        last = weights[-1][0]
-        shapes: dict[str, tuple[int, ...]] = {"x": shape}
-        shapes |= {f"w{i}": w for i, w in enumerate(weights)}
-        norms = {str(i): w[0] for i, w in enumerate(weights)}
-        if projection:
-            shapes["wd"] = (last, c, 1, 1)
-            norms["d"] = last
+    def block(name: str, weights: Sequence[Shape], **options) -> OpCase:
+        return block_case(name, shape, weights, training, **options)
 
-        def call(ops, t, n):
-            convs: list[ConvParams] = []
-            for i, w in enumerate(weights):
-                pad = (w[2] // 2, w[3] // 2)
-                # ResNet v1.5: the 3×3 strides
-                s = stride if w[2] == 3 and stride not in [x.stride[0] for x in convs] else 1
-                convs.append(ConvParams(t[f"w{i}"], None, (s, s), pad))
-            shortcut = {}
-            if projection:
-                shortcut = {
-                    "shortcut_conv": ConvParams(t["wd"], None, (stride, stride)),
-                    "shortcut_norm": n["d"],
-                }
-            ordered = [n[str(i)] for i in range(len(weights))]
-            return ops.residual_block(t["x"], convs, ordered, **shortcut, **options)
-
-        return OpCase(name, shapes, norms, call, training)
-
-    basic = [(c, c, 3, 3), (c, c, 3, 3)]
-    bottleneck = [(64, c, 1, 1), (64, 64, 3, 3), (c, 64, 1, 1)]
-    wide = [(64, c, 1, 1), (64, 64, 3, 3), (128, 64, 1, 1)]
-    pad = {"padding": (1, 1)}
+    basic, wide = basic_weights(c, c), bottleneck_weights(c, 64, 128)
+    projection = {"stride": 2, "projection": True}
     return [
-        bn("bn", False, relu=False),
-        bn("bn_relu", False),
-        bn("bn_add_relu", True),
-        bn("bn_relu_add", True, add_after_act=True),
-        OpCase(
-            "bn_relu_max_pool",
-            {"x": shape},
-            {"1": c},
-            lambda ops, t, n: ops.bn_act_max_pool(t["x"], n["1"]),
-            training,
-        ),
-        conv("conv3x3_bn_relu", (64, c, 3, 3), (10, 9), False, **pad),
-        conv("conv3x3s2_bn_add_relu", (64, c, 3, 3), (5, 5), True, stride=(2, 2), **pad),
-        conv("conv1x1_bn_relu_add", (64, c, 1, 1), (10, 9), True, add_after_act=True, bias=True),
-        conv("conv3x3g4_bn", (64, c // 4, 3, 3), (10, 9), False, groups=4, relu=False, **pad),
-        block("basic_block", basic, 1, False),
-        block("basic_block_projection", basic, 2, True),
-        block("bottleneck", bottleneck, 1, False),
-        block("bottleneck_projection", wide, 2, True),
-        block("bottleneck_memory_efficient", wide, 2, True, memory_efficient=True),
+        bn("bn", relu=False),
+        bn("bn_relu"),
+        bn("bn_add_relu", residual=True),
+        bn("bn_relu_add", residual=True, add_after_act=True),
+        max_pool_case("bn_relu_max_pool", shape, training),
+        conv("conv3x3_bn_relu", (64, c, 3, 3)),
+        conv("conv3x3s2_bn_add_relu", (64, c, 3, 3), residual=True, stride=2),
+        conv("conv1x1_bn_relu_add", (64, c, 1, 1), residual=True, add_after_act=True, bias=True),
+        conv("conv3x3g4_bn", (64, c // 4, 3, 3), groups=4, relu=False),
+        block("basic_block", basic),
+        block("basic_block_projection", basic, **projection),
+        block("bottleneck", bottleneck_weights(c, 64, c)),
+        block("bottleneck_projection", wide, **projection),
+        block("bottleneck_memory_efficient", wide, **projection, memory_efficient=True),
     ]
 
 

@@ -143,7 +143,7 @@ def test_metrics_content(run):
     assert training["steps"] == 57
     assert training["images_per_second"] == pytest.approx(57 * 64 / training["seconds"])
     comparison = metrics["comparison"]
-    assert comparison["pairs"] >= 7
+    assert comparison["rounds"] >= 7
     assert comparison["low"] <= comparison["ratio"] <= comparison["high"]
     assert comparison["differs"] == (not comparison["low"] <= 1 <= comparison["high"])
 

@@ -77,6 +77,7 @@ def measure(
     result = race(
         {name: c.step for name, c in contenders.items()},
         budget=budget * len(contenders),
+        warmup=1,  # each has run once for its results
         timer=timer_for(work.device),
         rest=REST_SECONDS if any(PEERS[n].spins for n in contenders) else 0.0,
         on_round=lambda done, total: say(f"{work}: round {done} of {total}"),

@@ -145,13 +145,18 @@ class Work:
         return Results(y.detach(), gradients)
 
     def limits(self, model: nn.Module, reference: Results) -> Errors:
-        """The largest errors that can be rounding, from stock's own: eager, channels_last."""
+        """`limits_from` the errors of stock layers, eager, channels_last."""
         stock = in_format(resfast.unfused(model), torch.channels_last)
         own = errors(self.contender(stock, stock, self.batches()).results(), reference)
-        output = max(OUTPUT_FACTOR * own.output, FLOAT64_ROUNDING)
-        if own.gradient is None:
-            return Errors(output, None)
-        return Errors(output, max(OUTPUT_FACTOR * own.gradient, GRADIENT_LIMIT))
+        return limits_from(own)
+
+
+def limits_from(stock: Errors) -> Errors:
+    """The largest errors that can be rounding, where stock's own are these."""
+    output = max(OUTPUT_FACTOR * stock.output, FLOAT64_ROUNDING)
+    if stock.gradient is None:
+        return Errors(output, None)
+    return Errors(output, max(OUTPUT_FACTOR * stock.gradient, GRADIENT_LIMIT))
 
 
 def errors(results: Results, reference: Results) -> Errors:
