@@ -26,4 +26,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
       "norm_max_pool_backward_apply(Tensor dy, Tensor z, Tensor mean, Tensor scale, Tensor beta, "
       "Tensor index, int kernel, int stride, int padding, Tensor? coef_z, Tensor? coef_1, "
       "Tensor(a!) dz) -> ()");
+  m.def("winograd_columns() -> int");
+  m.def("winograd_weight(Tensor weight, bool transposed, int tile, Tensor(a!) packed) -> ()");
+  m.def(
+      "winograd_conv(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, Tensor? residual, "
+      "bool relu, bool add_after_act, Tensor(a!) out) -> ()");
 }

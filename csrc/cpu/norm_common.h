@@ -6,13 +6,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/norm_kernels.h"
 
 namespace resfast {
@@ -32,13 +30,6 @@ inline const NormKernels& norm_kernels() {
   }
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-inline int64_t round_up(int64_t a, int64_t b) {
-  return ceil_div(a, b) * b;
-}
-
 inline Storage storage_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::BFloat16:
@@ -51,22 +42,6 @@ inline Storage storage_of(const Tensor& t) {
       return Storage::f32;
   }
 }
-
-// Uninitialised memory on a cache line.
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t bytes) : data_(std::aligned_alloc(64, round_up(bytes, 64))) {
-    if (!data_) throw std::bad_alloc();
-  }
-  char* get() const { return static_cast<char*>(data_.get()); }
-
- private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> data_;
-};
 
 // f(first channel, last channel), in parallel where `values` per channel make the merge long
 template <class F>

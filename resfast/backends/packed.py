@@ -1,8 +1,9 @@
-"""oneDNN convolution with norm, residual and ReLU as post-ops, on weights folded and packed once.
+"""Convolution with norm, residual and ReLU in its epilogue, on weights prepared once.
 
-oneDNN's post-ops reach PyTorch through ``mkldnn::_convolution_pointwise``. They take no
-per-channel scale, so scale is folded into the weights, in fp32. Folding and packing cost a pass
-over the weights each, hence the cache.
+3×3 convolutions of stride 1 run by Winograd's algorithm, the others by oneDNN. Its post-ops reach
+PyTorch through ``mkldnn::_convolution_pointwise``. They take no per-channel scale, so scale is
+folded into the weights, in fp32. Transforming or packing costs a pass over the weights each, hence
+the cache.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from resfast.backends.interface import ConvGeometry, NormVectors
+from resfast import native
+from resfast.backends.interface import ConvGeometry, NormVectors, empty_nhwc
+from resfast.backends.winograd import winograd_tile, winograd_weight
 
 PackedConvolution = Callable[[Tensor, "Tensor | None", bool], Tensor]
 
@@ -29,14 +32,15 @@ class _Key(NamedTuple):
     given: tuple[bool, bool, bool]  # convolution bias, norm weight, norm bias
     # oneDNN picks its blocking for an input size; another batch runs, with a slower layout
     input_shape: tuple[int, ...]
+    tile: int | None  # of Winograd's algorithm
+    isa: str | None  # which lays out Winograd's filters
 
 
 class _Entry(NamedTuple):
     key: _Key
     # writes through .data leave the version counter alone; values catch those
     sample: Tensor
-    packed_weight: Tensor
-    packed_bias: Tensor
+    run: PackedConvolution
 
 
 _cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -78,32 +82,55 @@ def packed_convolution(
 ) -> PackedConvolution:
     """A function (x, residual, relu) → y, where ``packing_declines`` has no objection."""
     given = (bias is not None, norm.weight is not None, norm.bias is not None)
-    key = _Key(weight._version, weight.data_ptr(), g, norm.eps, given, tuple(x.shape))
+    tile = winograd_tile(x, weight, g)
+    # Winograd's filters serve every input size
+    shape, isa = (tuple(x.shape), None) if tile is None else ((), native.cpu_isa())
+    key = _Key(weight._version, weight.data_ptr(), g, norm.eps, given, shape, tile, isa)
     entry = _cache.get(weight)
     sample = _sample(weight, bias, norm)
     if entry is None or entry.key != key or not torch.equal(entry.sample, sample):
         affine = norm.affine(x.dtype)
-        folded = weight.detach() * affine.scale.view(-1, 1, 1, 1)
         offset = affine.beta - affine.mean * affine.scale
         if bias is not None:
             offset = offset + bias.detach() * affine.scale
-        packed = torch.ops.mkldnn._reorder_convolution_weight(
-            folded, g.padding, g.stride, g.dilation, g.groups, x.shape
-        )
-        entry = _Entry(key, sample, packed, offset)
+        if tile is None:
+            run = _onednn(x, weight, g, affine.scale, offset)
+        else:
+            run = _winograd(weight, tile, affine.scale, offset)
+        entry = _Entry(key, sample, run)
         _cache[weight] = entry
+    return entry.run
+
+
+def _winograd(weight: Tensor, tile: int, scale: Tensor, shift: Tensor) -> PackedConvolution:
+    filters, channels = winograd_weight(weight, tile), weight.shape[0]
 
     def run(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        geometry = (g.padding, g.stride, g.dilation, g.groups)
+        n, _, h, w = x.shape
+        out = empty_nhwc((n, channels, h, w), x)
+        torch.ops.resfast.winograd_conv(x, filters, scale, shift, residual, relu, False, out)
+        return out
+
+    return run
+
+
+def _onednn(
+    x: Tensor, weight: Tensor, g: ConvGeometry, scale: Tensor, shift: Tensor
+) -> PackedConvolution:
+    geometry = (g.padding, g.stride, g.dilation, g.groups)
+    folded = weight.detach() * scale.view(-1, 1, 1, 1)
+    packed = torch.ops.mkldnn._reorder_convolution_weight(folded, *geometry, x.shape)
+
+    def run(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         attr: str | None
         if residual is None:
             attr = "relu" if relu else "none"
             return torch.ops.mkldnn._convolution_pointwise(
-                x, entry.packed_weight, entry.packed_bias, *geometry, attr, [], ""
+                x, packed, shift, *geometry, attr, [], ""
             )
         attr = "relu" if relu else None
         return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual, entry.packed_weight, entry.packed_bias, *geometry, "add", 1.0, attr, [], ""
+            x, residual, packed, shift, *geometry, "add", 1.0, attr, [], ""
         )
 
     return run

@@ -1,0 +1,289 @@
+// Winograd convolution on NHWC float32: entry points, weights, the cut into blocks of tiles.
+//
+// Where U is small each thread takes blocks of tiles through all three phases, so that V and M stay
+// in its L2 cache. Where U is large (many channels), it must not be read once per block: the phases
+// follow each other over all tiles at once, and the threads share out the points.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/isa.h"
+#include "cpu/memory.h"
+#include "cpu/winograd_kernels.h"
+#include "cpu/winograd_points.h"
+
+namespace resfast {
+namespace {
+
+constexpr int64_t kBlockBytes = 448 * 1024;         // of V and M of one thread's block
+constexpr int64_t kSharedBytes = 10 * 1024 * 1024;  // of V and M of all threads' common block
+constexpr int64_t kPrivateWeightBytes = 4 * 1024 * 1024;
+constexpr int64_t kLeastTiles = 12;
+constexpr int64_t kPointPadding = 16;  // floats: keeps the points out of one cache set
+
+const WinogradKernels& winograd_kernels() {
+  switch (cpu_isa()) {
+#if defined(RESFAST_HAS_AVX512)
+    case Isa::avx512:
+      return winograd_kernels_avx512;
+#endif
+#if defined(RESFAST_HAS_AVX2)
+    case Isa::avx2:
+      return winograd_kernels_avx2;
+#endif
+    default:
+      return winograd_kernels_scalar;
+  }
+}
+
+// G [m + 2, 3]: a filter line at the points.
+std::vector<double> filter_matrix(int64_t tile) {
+  if (tile == 2) return {1, 0, 0, 0.5, 0.5, 0.5, 0.5, -0.5, 0.5, 0, 0, 1};
+  const double a = kPointA, b = kPointB, aa = a * a, bb = b * b;
+  const double at_zero = 1 / (aa * bb), at_a = 1 / (2 * aa * (aa - bb)),
+               at_b = 1 / (2 * bb * (bb - aa));
+  return {at_zero, 0,         0,         at_a, a * at_a, aa * at_a, at_a, -a * at_a, aa * at_a,
+          at_b,    b * at_b, bb * at_b, at_b, -b * at_b, bb * at_b, 0,    0,         1};
+}
+
+void check_tile(int64_t tile) {
+  STD_TORCH_CHECK(tile == 2 || tile == 4, "tile must be 2 or 4, got ", tile);
+}
+
+void check_float(const Tensor& t, const char* name) {
+  check_cpu(t, name);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32, got ",
+                  torch::headeronly::toString(t.scalar_type()));
+}
+
+int64_t winograd_columns() {
+  return winograd_kernels().columns;
+}
+
+// U, rounded once from float64: [points, ceil(K / columns), C, columns], zero beyond K.
+void winograd_weight(const Tensor& weight, bool transposed, int64_t tile, const Tensor& packed) {
+  check_tile(tile);
+  check_float(weight, "weight");
+  check_float(packed, "packed");
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
+                  "weight must be [K, C, 3, 3], got ", shape_of(weight));
+  const int64_t side = tile + 2, columns = winograd_kernels().columns;
+  const int64_t k = weight.size(transposed ? 1 : 0), c = weight.size(transposed ? 0 : 1);
+  const int64_t panels = ceil_div(k, columns);
+  STD_TORCH_CHECK(packed.dim() == 4 && packed.size(0) == side * side &&
+                      packed.size(1) == panels && packed.size(2) == c &&
+                      packed.size(3) == columns && packed.is_contiguous(),
+                  "packed must be contiguous [", side * side, ", ", panels, ", ", c, ", ", columns,
+                  "], got ", shape_of(packed));
+  check_memory({{"packed", packed, Access::whole}}, {{"weight", weight, Access::whole}});
+  const std::vector<double> g = filter_matrix(tile);
+  const float* w = static_cast<const float*>(weight.const_data_ptr());
+  float* u = static_cast<float*>(packed.mutable_data_ptr());
+  const int64_t point_stride = panels * c * columns;
+  const int64_t stride_k = weight.stride(transposed ? 1 : 0);
+  const int64_t stride_c = weight.stride(transposed ? 0 : 1);
+  const int64_t stride_r = weight.stride(2), stride_s = weight.stride(3);
+  torch::stable::parallel_for(0, panels * c, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t panel = row / c, channel = row % c;
+      for (int64_t column = 0; column < columns; ++column) {
+        const int64_t out = panel * columns + column;
+        float* to = u + row * columns + column;
+        if (out >= k) {
+          for (int64_t p = 0; p < side * side; ++p) to[p * point_stride] = 0.0f;
+          continue;
+        }
+        const float* filter = w + out * stride_k + channel * stride_c;
+        double lines[6][3];
+        for (int64_t i = 0; i < side; ++i) {
+          for (int s = 0; s < 3; ++s) {
+            lines[i][s] = 0;
+            for (int r = 0; r < 3; ++r) {
+              // the gradient convolves with the filter turned by 180°
+              const int64_t y = transposed ? 2 - r : r, x = transposed ? 2 - s : s;
+              lines[i][s] += g[i * 3 + r] * filter[y * stride_r + x * stride_s];
+            }
+          }
+        }
+        for (int64_t i = 0; i < side; ++i) {
+          for (int64_t j = 0; j < side; ++j) {
+            double value = 0;
+            for (int s = 0; s < 3; ++s) value += g[j * 3 + s] * lines[i][s];
+            to[(i * side + j) * point_stride] = static_cast<float>(value);
+          }
+        }
+      }
+    }
+  });
+}
+
+// One convolution: what every block of tiles needs.
+struct Convolution {
+  const WinogradKernels& kernels;
+  int64_t tile, points, c, k, tiles;
+  const float* u;
+  WinogradInput input{};
+  WinogradOutput output{};
+
+  int64_t block_floats(int64_t count) const {
+    return points * (count * (c + k) + 2 * kPointPadding);
+  }
+
+  void to_points(int64_t begin, int64_t end, float* v, int64_t first, int64_t count) const {
+    WinogradInput t = input;
+    t.begin = begin;
+    t.end = end;
+    t.point_stride = count * c + kPointPadding;
+    t.v = v + (begin - first) * c;
+    kernels.input[tile / 4](t);
+  }
+
+  // points [begin, end) of a block of `count` tiles
+  void multiply(int64_t begin, int64_t end, const float* v, float* m, int64_t count) const {
+    const int64_t panels = ceil_div(k, kernels.columns);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t point = i / panels, panel = i % panels;
+      WinogradProduct t{};
+      t.tiles = count;
+      t.channels = c;
+      t.columns = std::min<int64_t>(kernels.columns, k - panel * kernels.columns);
+      t.v = v + point * (count * c + kPointPadding);
+      t.u = u + i * c * kernels.columns;
+      t.m = m + point * (count * k + kPointPadding) + panel * kernels.columns;
+      t.m_stride = k;
+      kernels.product(t);
+    }
+  }
+
+  void from_points(int64_t begin, int64_t end, const float* m, int64_t first,
+                   int64_t count) const {
+    WinogradOutput t = output;
+    t.begin = begin;
+    t.end = end;
+    t.point_stride = count * k + kPointPadding;
+    t.m = m + (begin - first) * k;
+    kernels.output[tile / 4](t);
+  }
+
+  int64_t products() const { return points * ceil_div(k, kernels.columns); }
+
+  void run_private() const {
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t fitting =
+        std::max(kLeastTiles, kBlockBytes / (points * (c + k) * int64_t{sizeof(float)}));
+    // as many blocks for each thread, all of about one size
+    const int64_t rounds = ceil_div(tiles, fitting * threads);
+    const int64_t count = std::max(kLeastTiles, ceil_div(tiles, rounds * threads));
+    torch::stable::parallel_for(0, ceil_div(tiles, count), 1, [&](int64_t begin, int64_t end) {
+      float* v = thread_scratch(block_floats(count));
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = block * count, last = std::min(tiles, first + count);
+        float* m = v + points * ((last - first) * c + kPointPadding);
+        to_points(first, last, v, first, last - first);
+        multiply(0, products(), v, m, last - first);
+        from_points(first, last, m, first, last - first);
+      }
+    });
+  }
+
+  void run_shared() const {
+    const int64_t fitting =
+        std::max(kLeastTiles, kSharedBytes / (points * (c + k) * int64_t{sizeof(float)}));
+    const int64_t blocks = ceil_div(tiles, fitting), count = ceil_div(tiles, blocks);
+    float* v = thread_scratch(block_floats(count));
+    for (int64_t first = 0; first < tiles; first += count) {
+      const int64_t size = std::min(count, tiles - first);
+      float* m = v + points * (size * c + kPointPadding);
+      torch::stable::parallel_for(first, first + size, 1, [&](int64_t begin, int64_t end) {
+        to_points(begin, end, v, first, size);
+      });
+      torch::stable::parallel_for(0, products(), 1, [&](int64_t begin, int64_t end) {
+        multiply(begin, end, v, m, size);
+      });
+      torch::stable::parallel_for(first, first + size, 1, [&](int64_t begin, int64_t end) {
+        from_points(begin, end, m, first, size);
+      });
+    }
+  }
+};
+
+// out = act(conv(x, weight)·scale + shift + residual), or act(…) + residual; padding 1.
+void winograd_conv(const Tensor& x, const Tensor& packed, const OptionalTensor& scale,
+                   const OptionalTensor& shift, const OptionalTensor& residual, bool relu,
+                   bool add_after_act, const Tensor& out) {
+  check_activation(x, "x");
+  check_float(x, "x");
+  check_activation(out, "out");
+  check_float(out, "out");
+  check_activation_like(residual, "residual", out, "out");
+  check_channel_vector(scale, "scale", out);
+  check_channel_vector(shift, "shift", out);
+  check_float(packed, "packed");
+  STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift must come together");
+  const WinogradKernels& kernels = winograd_kernels();
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3), k = out.size(1);
+  STD_TORCH_CHECK(out.size(0) == n && out.size(2) == h && out.size(3) == w, "out must be [", n,
+                  ", K, ", h, ", ", w, "], got ", shape_of(out));
+  STD_TORCH_CHECK(c % kernels.lanes == 0 && k % kernels.lanes == 0,
+                  "channels must be multiples of ", kernels.lanes, ", got C = ", c, ", K = ", k);
+  STD_TORCH_CHECK(packed.dim() == 4 && (packed.size(0) == 16 || packed.size(0) == 36) &&
+                      packed.size(1) == ceil_div(k, kernels.columns) && packed.size(2) == c &&
+                      packed.size(3) == kernels.columns && packed.is_contiguous(),
+                  "packed must be what winograd_weight made for C = ", c, ", K = ", k,
+                  " on this instruction set, got ", shape_of(packed));
+  check_memory({{"out", out, Access::whole}}, {{"x", x, Access::whole},
+                                               {"packed", packed, Access::whole},
+                                               {"scale", scale, Access::whole},
+                                               {"shift", shift, Access::whole}});
+  check_memory({{"out", out}}, {{"residual", residual}});
+  if (out.numel() == 0) return;
+
+  const auto floats = [](const OptionalTensor& t) {
+    return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+  };
+  const int64_t tile = packed.size(0) == 16 ? 2 : 4;
+  TileGrid grid{};
+  grid.h = h;
+  grid.w = w;
+  grid.rows = ceil_div(h, tile);
+  grid.columns = ceil_div(w, tile);
+  Convolution conv{kernels,
+                   tile,
+                   packed.size(0),
+                   c,
+                   k,
+                   n * grid.rows * grid.columns,
+                   static_cast<const float*>(packed.const_data_ptr())};
+  conv.input.grid = conv.output.grid = grid;
+  conv.input.channels = c;
+  conv.input.x = static_cast<const float*>(x.const_data_ptr());
+  conv.output.channels = k;
+  conv.output.scale = floats(scale);
+  conv.output.shift = floats(shift);
+  conv.output.residual = floats(residual);
+  conv.output.relu = relu;
+  conv.output.add_after_act = add_after_act;
+  conv.output.out = static_cast<float*>(out.mutable_data_ptr());
+  if (conv.points * c * k * int64_t{sizeof(float)} <= kPrivateWeightBytes) {
+    conv.run_private();
+  } else {
+    conv.run_shared();
+  }
+}
+
+}  // namespace
+}  // namespace resfast
+
+STABLE_TORCH_LIBRARY_IMPL(resfast, CPU, m) {
+  m.impl("winograd_weight", TORCH_BOX(&resfast::winograd_weight));
+  m.impl("winograd_conv", TORCH_BOX(&resfast::winograd_conv));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resfast, CompositeExplicitAutograd, m) {
+  m.impl("winograd_columns", TORCH_BOX(&resfast::winograd_columns));
+}

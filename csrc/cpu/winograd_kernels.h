@@ -1,0 +1,60 @@
+// What winograd.cpp asks of the per-ISA Winograd kernels. Plain structs only (see norm_kernels.h).
+//
+// F(m×m, 3×3), stride 1 (Winograd 1980; Lavin and Gray 2016): the output is cut into tiles of m×m,
+// each from (m + 2)² inputs. Both are taken to (m + 2)² points; at each point the convolution is a
+// matrix product V·U over the channels, V [tiles, C], U [C, K].
+#pragma once
+
+#include <cstdint>
+
+namespace resfast {
+
+// Tiles of an NHWC activation of padded stride-1 3×3 convolution, counted over n, row, column.
+struct TileGrid {
+  int64_t h, w;          // of input and output
+  int64_t rows, columns; // of tiles in one image
+};
+
+struct WinogradInput {
+  TileGrid grid;
+  int64_t begin, end;  // tiles
+  int64_t channels;
+  const float* x;  // the whole activation
+  float* v;        // [points][end - begin][channels], points `point_stride` apart
+  int64_t point_stride;
+};
+
+// m[tile][column] = Σ over channels v[tile][channel]·u[channel][column], of one panel of columns.
+struct WinogradProduct {
+  int64_t tiles, channels, columns;
+  const float* v;  // rows `channels` apart
+  const float* u;  // rows WinogradKernels::columns apart
+  float* m;        // rows `m_stride` apart
+  int64_t m_stride;
+};
+
+struct WinogradOutput {
+  TileGrid grid;
+  int64_t begin, end;  // tiles
+  int64_t channels;
+  const float* m;  // [points][end - begin][channels]
+  int64_t point_stride;
+  const float *scale, *shift;  // per channel, both or neither
+  const float* residual;       // like out, or nullptr
+  bool relu, add_after_act;
+  float* out;  // the whole activation
+};
+
+struct WinogradKernels {
+  int lanes;
+  int columns;  // of a full panel
+  void (*input[2])(const WinogradInput&);  // of F(2×2) and F(4×4)
+  void (*product)(const WinogradProduct&);
+  void (*output[2])(const WinogradOutput&);
+};
+
+extern const WinogradKernels winograd_kernels_scalar;
+extern const WinogradKernels winograd_kernels_avx2;
+extern const WinogradKernels winograd_kernels_avx512;
+
+}  // namespace resfast

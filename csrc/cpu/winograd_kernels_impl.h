@@ -1,0 +1,278 @@
+// The Winograd kernels, compiled once per instruction set by winograd_<isa>.cpp. Channels are the
+// lanes everywhere, so that each transform is the same few operations on vectors.
+#pragma once
+
+#include "cpu/vec.h"
+#include "cpu/winograd_kernels.h"
+#include "cpu/winograd_points.h"
+
+namespace resfast {
+namespace {
+
+constexpr int kWinogradLanes = kVectorBytes / 4;
+#if defined(__AVX512F__)
+constexpr int kPanelVectors = 4;  // 6×4 accumulators, 4 vectors of U and 1 of V: 29 of 32 registers
+#else
+constexpr int kPanelVectors = 2;  // 6×2 accumulators, 2 and 1: 15 of 16
+#endif
+constexpr int kPanelRows = 6;
+// Sums over this many channels are added up apart: rounding errors grow with the longest chain.
+RESFAST_INLINE int64_t chain_channels(int64_t channels) {
+  return channels <= 64 ? 16 : 32;
+}
+
+RESFAST_INLINE FloatVec splat(float x) {
+  return FloatVec{} + x;
+}
+
+// ---- the transforms of one line, in place of registers
+
+// Bᵀ: the m + 2 inputs `d` at the points
+template <int kTile>
+RESFAST_INLINE void to_points(const FloatVec* d, FloatVec* out);
+
+template <>
+RESFAST_INLINE void to_points<2>(const FloatVec* d, FloatVec* out) {
+  out[0] = d[0] - d[2];
+  out[1] = d[1] + d[2];
+  out[2] = d[2] - d[1];
+  out[3] = d[3] - d[1];
+}
+
+template <>
+RESFAST_INLINE void to_points<4>(const FloatVec* d, FloatVec* out) {
+  constexpr float a = kPointA, b = kPointB, aa = a * a, bb = b * b;
+  const FloatVec even_a = d[4] - bb * d[2], odd_a = d[3] - bb * d[1];
+  const FloatVec even_b = d[4] - aa * d[2], odd_b = d[3] - aa * d[1];
+  out[0] = d[4] - (aa + bb) * d[2] + (aa * bb) * d[0];
+  out[1] = even_a + a * odd_a;
+  out[2] = even_a - a * odd_a;
+  out[3] = even_b + b * odd_b;
+  out[4] = even_b - b * odd_b;
+  out[5] = d[5] - (aa + bb) * d[3] + (aa * bb) * d[1];
+}
+
+// Aᵀ: the m outputs from the products at the points
+template <int kTile>
+RESFAST_INLINE void from_points(const FloatVec* p, FloatVec* out);
+
+template <>
+RESFAST_INLINE void from_points<2>(const FloatVec* p, FloatVec* out) {
+  out[0] = p[0] + (p[1] + p[2]);
+  out[1] = (p[1] - p[2]) + p[3];
+}
+
+template <>
+RESFAST_INLINE void from_points<4>(const FloatVec* p, FloatVec* out) {
+  constexpr float a = kPointA, b = kPointB;
+  const FloatVec sum_a = p[1] + p[2], sum_b = p[3] + p[4];
+  const FloatVec difference_a = a * (p[1] - p[2]), difference_b = b * (p[3] - p[4]);
+  out[0] = p[0] + (sum_a + sum_b);
+  out[1] = difference_a + difference_b;
+  out[2] = (a * a) * sum_a + (b * b) * sum_b;
+  out[3] = p[5] + ((a * a) * difference_a + (b * b) * difference_b);
+}
+
+// ---- kernels
+
+struct TilePlace {
+  int64_t n, y, x;  // image, first output row and column
+
+  TilePlace(const TileGrid& g, int64_t tile, int m) {
+    n = tile / (g.rows * g.columns);
+    const int64_t in_image = tile % (g.rows * g.columns);
+    y = in_image / g.columns * m;
+    x = in_image % g.columns * m;
+  }
+};
+
+alignas(kVectorBytes) constexpr float kZeros[kWinogradLanes] = {};
+
+template <int kTile>
+void winograd_input(const WinogradInput& t) {
+  constexpr int kSide = kTile + 2;
+  const TileGrid& g = t.grid;
+  for (int64_t tile = t.begin; tile < t.end; ++tile) {
+    const TilePlace at(g, tile, kTile);
+    const float* from[kSide][kSide];
+    int64_t step[kSide][kSide];  // 0 in the padding, which stays at one vector of zeros
+    for (int i = 0; i < kSide; ++i) {
+      for (int j = 0; j < kSide; ++j) {
+        const int64_t y = at.y + i - 1, x = at.x + j - 1;
+        const bool inside = y >= 0 && y < g.h && x >= 0 && x < g.w;
+        from[i][j] = inside ? t.x + ((at.n * g.h + y) * g.w + x) * t.channels : kZeros;
+        step[i][j] = inside;
+      }
+    }
+    float* v = t.v + (tile - t.begin) * t.channels;
+    for (int64_t c = 0; c < t.channels; c += kWinogradLanes) {
+      FloatVec columns[kSide][kSide];  // by column, then point
+#pragma GCC unroll 8
+      for (int j = 0; j < kSide; ++j) {
+        FloatVec d[kSide];
+#pragma GCC unroll 8
+        for (int i = 0; i < kSide; ++i) d[i] = load_raw<FloatVec>(from[i][j] + c * step[i][j]);
+        to_points<kTile>(d, columns[j]);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kSide; ++i) {
+        FloatVec d[kSide], points[kSide];
+#pragma GCC unroll 8
+        for (int j = 0; j < kSide; ++j) d[j] = columns[j][i];
+        to_points<kTile>(d, points);
+#pragma GCC unroll 8
+        for (int j = 0; j < kSide; ++j) {
+          store_raw(v + (i * kSide + j) * t.point_stride + c, points[j]);
+        }
+      }
+    }
+  }
+}
+
+template <int kRows, int kVectors>
+RESFAST_INLINE void product_block(const float* v, int64_t v_stride, const float* u,
+                                  int64_t channels, float* m, int64_t m_stride, bool add) {
+  FloatVec sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) sum[r][j] = FloatVec{};
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    FloatVec columns[kVectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) {
+      columns[j] = load_raw<FloatVec>(u + c * kPanelVectors * kWinogradLanes + j * kWinogradLanes);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const FloatVec value = splat(v[r * v_stride + c]);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) sum[r][j] += value * columns[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = m + r * m_stride + j * kWinogradLanes;
+      store_raw(to, add ? load_raw<FloatVec>(to) + sum[r][j] : sum[r][j]);
+    }
+  }
+}
+
+template <int kVectors>
+void product_rows(const WinogradProduct& t) {
+  const int64_t chain = chain_channels(t.channels);
+  for (int64_t first = 0; first < t.channels; first += chain) {
+    const int64_t left = t.channels - first;
+    const int64_t channels = left < chain ? left : chain;
+    const float* u = t.u + first * kPanelVectors * kWinogradLanes;
+    int64_t row = 0;
+    while (row < t.tiles) {
+      // the rest in blocks as equal as can be: 8 rows as 4 + 4, not 6 + 2
+      const int64_t rest = t.tiles - row;
+      const int64_t blocks = (rest + kPanelRows - 1) / kPanelRows;
+      const int64_t rows = (rest + blocks - 1) / blocks;
+      const float* v = t.v + row * t.channels + first;
+      float* m = t.m + row * t.m_stride;
+      const bool add = first > 0;
+      switch (rows) {
+        case 6:
+          product_block<6, kVectors>(v, t.channels, u, channels, m, t.m_stride, add);
+          break;
+        case 5:
+          product_block<5, kVectors>(v, t.channels, u, channels, m, t.m_stride, add);
+          break;
+        case 4:
+          product_block<4, kVectors>(v, t.channels, u, channels, m, t.m_stride, add);
+          break;
+        case 3:
+          product_block<3, kVectors>(v, t.channels, u, channels, m, t.m_stride, add);
+          break;
+        case 2:
+          product_block<2, kVectors>(v, t.channels, u, channels, m, t.m_stride, add);
+          break;
+        default:
+          product_block<1, kVectors>(v, t.channels, u, channels, m, t.m_stride, add);
+      }
+      row += rows;
+    }
+  }
+}
+
+inline void winograd_product(const WinogradProduct& t) {
+  switch (t.columns / kWinogradLanes) {
+#if defined(__AVX512F__)
+    case 4:
+      return product_rows<4>(t);
+    case 3:
+      return product_rows<3>(t);
+#endif
+    case 2:
+      return product_rows<2>(t);
+    default:
+      return product_rows<1>(t);
+  }
+}
+
+template <int kTile>
+void winograd_output(const WinogradOutput& t) {
+  constexpr int kSide = kTile + 2;
+  const TileGrid& g = t.grid;
+  for (int64_t tile = t.begin; tile < t.end; ++tile) {
+    const TilePlace at(g, tile, kTile);
+    const int rows = static_cast<int>(g.h - at.y < kTile ? g.h - at.y : kTile);
+    const int columns = static_cast<int>(g.w - at.x < kTile ? g.w - at.x : kTile);
+    const int64_t first = ((at.n * g.h + at.y) * g.w + at.x) * t.channels;
+    const float* m = t.m + (tile - t.begin) * t.channels;
+    for (int64_t c = 0; c < t.channels; c += kWinogradLanes) {
+      FloatVec lines[kSide][kTile];  // by column of points, then output row
+#pragma GCC unroll 8
+      for (int j = 0; j < kSide; ++j) {
+        FloatVec p[kSide];
+#pragma GCC unroll 8
+        for (int i = 0; i < kSide; ++i) {
+          p[i] = load_raw<FloatVec>(m + (i * kSide + j) * t.point_stride + c);
+        }
+        from_points<kTile>(p, lines[j]);
+      }
+      FloatVec scale = splat(1.0f), shift{};
+      if (t.scale) {
+        scale = load_raw<FloatVec>(t.scale + c);
+        shift = load_raw<FloatVec>(t.shift + c);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kTile; ++i) {
+        if (i >= rows) break;
+        FloatVec p[kSide], y[kTile];
+#pragma GCC unroll 8
+        for (int j = 0; j < kSide; ++j) p[j] = lines[j][i];
+        from_points<kTile>(p, y);
+        const int64_t line = first + i * g.w * t.channels + c;
+#pragma GCC unroll 8
+        for (int j = 0; j < kTile; ++j) {
+          if (j >= columns) break;
+          const int64_t place = line + j * t.channels;
+          FloatVec u = y[j] * scale + shift;
+          FloatVec r{};
+          if (t.residual) r = load_raw<FloatVec>(t.residual + place);
+          if (!t.add_after_act) u += r;
+          if (t.relu) u = u < 0.0f ? FloatVec{} : u;  // NaN stays
+          if (t.add_after_act) u += r;
+          store_raw(t.out + place, u);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace resfast
+
+#define RESFAST_WINOGRAD_KERNELS                                               \
+  {                                                                            \
+    kWinogradLanes, kPanelVectors* kWinogradLanes,                             \
+        {&winograd_input<2>, &winograd_input<4>}, &winograd_product,           \
+        {&winograd_output<2>, &winograd_output<4>}                             \
+  }
