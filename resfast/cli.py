@@ -41,7 +41,8 @@ Peers that cannot run here are listed with the reason. Above 1×, resfast is fas
     "info": "examples:\n  resfast info\n  resfast info --json",
     "check": """examples:
   resfast check --quick
-  resfast check --dtype bfloat16 --out report.json""",
+  resfast check --dtype bfloat16 --out report.json
+  resfast check --device cuda""",
 }
 
 
@@ -131,6 +132,9 @@ def build_parser() -> Parser:
         action="append",
         choices=DTYPES,
         help="precision to check, may be repeated (default: all)",
+    )
+    check.add_argument(
+        "--device", default="cpu", help="cpu, cuda, cuda:N, or auto: a GPU if any (default: cpu)"
     )
     check.add_argument("--out", type=Path, help="also write the report here, as JSON")
     return parser
@@ -280,9 +284,13 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from resfast.diagnostics import numerics
+    from resfast.training.config import resolve_device
 
     status: int = numerics.main(
-        quick=arguments.quick, dtypes=arguments.dtype or list(DTYPES), out=arguments.out
+        quick=arguments.quick,
+        dtypes=arguments.dtype or list(DTYPES),
+        out=arguments.out,
+        device=str(resolve_device(arguments.device)),
     )
     return status
 

@@ -73,6 +73,13 @@ def test_available_names_every_backend():
     assert all(ok or reason for _, ok, reason in rows)
 
 
+@needs_native
+def test_available_on_a_device_leaves_out_backends_that_decline_its_tensors():
+    assert ("cpu", True, "") in available("cpu")
+    reasons = {name: reason for name, ok, reason in available("meta") if not ok}
+    assert reasons["cpu"] == "it runs on cpu, the tensor is on meta"
+
+
 def _python(code, **env):
     return subprocess.run(
         [sys.executable, "-W", "always", "-c", code],

@@ -91,8 +91,9 @@ def test_bad_training_options(capsys, tmp_path, monkeypatch, arguments, expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_without_a_gpu(capsys):
-    status, _, err = call(capsys, "train", "--device", "cuda")
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_cuda_without_a_gpu(capsys, command):
+    status, _, err = call(capsys, command, "--device", "cuda")
     assert status == 2
     assert "--device cuda: " in one_line(err)
 
@@ -336,7 +337,9 @@ def test_check_passes_its_options_and_status_on(monkeypatch, tmp_path):
     monkeypatch.setattr(diagnostics, "numerics", Numerics, raising=False)
     out = tmp_path / "report.json"
     assert cli.main(["check", "--quick", "--dtype", "bfloat16", "--out", str(out)]) == 3
-    assert seen == {"quick": True, "dtypes": ["bfloat16"], "out": out}
+    assert seen == {"quick": True, "dtypes": ["bfloat16"], "out": out, "device": "cpu"}
+    cli.main(["check", "--device", "auto"])
+    assert seen["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_missing_package_is_one_line_with_the_remedy(capsys, monkeypatch, tmp_path):

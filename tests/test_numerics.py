@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 import resfast
 from resfast import native
+from resfast.diagnostics import numerics
+from resfast.diagnostics.environment import device_info
 from resfast.ops import ConvParams, NormParams, bn_act, conv_bn_act
-from resfast.testing import HALF_DTYPES, judge, judge_seeds, op_cases
+from resfast.testing import HALF_DTYPES, Verdict, judge, judge_seeds, op_cases
 
 CASES = [case for training in (True, False) for case in op_cases(training)]
 BACKENDS = ["cpu", "eager"]
@@ -39,12 +43,42 @@ def test_error_half_precision(case, dtype):
     _assert_ok(judge_seeds(case, dtype, seeds=32))
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_error_on_a_gpu(case, dtype):
+    _assert_ok(judge_seeds(case, dtype, seeds=32 if dtype in HALF_DTYPES else 8, device="cuda"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_of_each_instruction_set(isa, dtype):
     wanted = ("bn_add_relu", "bn_relu_max_pool", "bottleneck_projection")
     for case in op_cases(training=True):
         if case.name in wanted:
             _assert_ok(judge_seeds(case, dtype, seeds=32 if dtype in HALF_DTYPES else 8))
+
+
+def test_check_judges_on_the_device_it_is_given(monkeypatch, tmp_path):
+    seen = set()
+
+    def judged(case, dtype, seeds, device, layouts):
+        seen.add(device)
+        return [Verdict("y", 0.0, 0.0, 1.0, 0.0, 1.0)]
+
+    monkeypatch.setattr(numerics, "judge_seeds", judged)
+    rows = list(numerics.run(quick=True, dtypes=["float32"], device="meta"))
+    assert seen == {"meta"}
+    assert {row.backend for row in rows} == {"eager"}, "the cpu backend declines other tensors"
+
+    report = tmp_path / "check.json"
+    assert numerics.main(quick=True, dtypes=["float32"], out=report) == 0
+    assert seen == {"meta", "cpu"}
+    record = json.loads(report.read_text())
+    assert record["device"] == device_info(torch.device("cpu"))
+    assert record["date"]
+    assert record["versions"]["torch"] == torch.__version__
+    assert len(record["rows"]) % len(rows) == 0
 
 
 def test_the_criterion_notices_an_error_of_one_channel():

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from resfast.backends.cpu import CpuBackend
@@ -37,11 +38,16 @@ def names() -> tuple[str, ...]:
     return tuple(_BACKENDS)
 
 
-def available() -> list[tuple[str, bool, str]]:
-    """(name, usable on this machine, why not) for each backend in order of preference."""
+def available(device: torch.device | str | None = None) -> list[tuple[str, bool, str]]:
+    """(name, usable on this machine, why not) for each backend in order of preference.
+
+    With a device: usable for float32 tensors there.
+    """
     rows = []
     for name, candidate in _BACKENDS.items():
         reason = candidate.unavailable_reason()
+        if reason is None and device is not None:
+            reason = candidate.declines("norm_stats", torch.empty(1, 1, 1, 1, device=device))
         rows.append((name, reason is None, reason or ""))
     return rows
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from resfast.backends import available, backend
+from resfast.diagnostics.environment import device_info, now, versions
 from resfast.testing import HALF_DTYPES, LAYOUTS, OpCase, Verdict, judge_seeds, op_cases
 
 DTYPES = {
@@ -31,31 +32,38 @@ class Row(NamedTuple):
     failed: tuple[Verdict, ...]
 
 
-def _row(case: OpCase, name: str, dtype: str, layout: str, seeds: int) -> Row:
+def _row(case: OpCase, name: str, dtype: str, layout: str, seeds: int, device: str) -> Row:
     with backend(name):
-        verdicts = judge_seeds(case, DTYPES[dtype], seeds, layouts=(layout,))
+        verdicts = judge_seeds(case, DTYPES[dtype], seeds, device, layouts=(layout,))
     worst = max(verdicts, key=lambda v: v.ratio)
     return Row(str(case), name, dtype, layout, worst, tuple(v for v in verdicts if not v.ok))
 
 
 def run(
-    *, quick: bool = False, dtypes: Sequence[str] = tuple(DTYPES), backends: Sequence[str] = ()
+    *,
+    quick: bool = False,
+    dtypes: Sequence[str] = tuple(DTYPES),
+    backends: Sequence[str] = (),
+    device: str = "cpu",
 ) -> Iterator[Row]:
-    """Judge each op by the criterion of resfast.testing, on CPU.
+    """Judge each op by the criterion of resfast.testing on every backend that runs on ``device``.
 
     ``quick`` takes 8 inputs a case instead of 8 (fp32, fp64) or 32 (16-bit), and training only.
     """
-    for name in backends or [n for n, ok, _ in available() if ok]:
+    for name in backends or [n for n, ok, _ in available(device) if ok]:
         for dtype in dtypes:
             seeds = 32 if DTYPES[dtype] in HALF_DTYPES and not quick else 8
             for training in (True,) if quick else (True, False):
                 for case in op_cases(training):
                     for layout in LAYOUTS:
-                        yield _row(case, name, dtype, layout, seeds)
+                        yield _row(case, name, dtype, layout, seeds, device)
 
 
 def main(
-    quick: bool = False, dtypes: Sequence[str] | None = None, out: str | Path | None = None
+    quick: bool = False,
+    dtypes: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    device: str = "cpu",
 ) -> int:
     """Print the table as it is measured; write it to ``out`` as JSON. 1 if anything failed."""
     rows = []
@@ -63,7 +71,7 @@ def main(
         f"{'op':38}{'backend':9}{'dtype':10}{'layout':8}{'worst of':14}"
         f"{'error':>10}{'stock':>10}{'of limit':>10}"
     )
-    for row in run(quick=quick, dtypes=dtypes or tuple(DTYPES)):
+    for row in run(quick=quick, dtypes=dtypes or tuple(DTYPES), device=device):
         rows.append(row)
         v = row.worst
         print(
@@ -76,8 +84,14 @@ def main(
     failed = sum(bool(r.failed) for r in rows)
     print(f"{len(rows) - failed} of {len(rows)} pass (error: RMSE against float64)")
     if out is not None:
-        record = [
-            {**r._asdict(), "worst": r.worst._asdict(), "failed": len(r.failed)} for r in rows
-        ]
+        record = {
+            "kind": "resfast check",
+            "date": now(),
+            "versions": versions(),
+            "device": device_info(torch.device(device)),
+            "rows": [
+                {**r._asdict(), "worst": r.worst._asdict(), "failed": len(r.failed)} for r in rows
+            ],
+        }
         Path(out).write_text(json.dumps(record, indent=1))
     return 1 if failed else 0
