@@ -9,13 +9,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/winograd_kernels.h"
-#include "cpu/winograd_points.h"
 
 namespace resfast {
 namespace {
@@ -39,16 +37,6 @@ const WinogradKernels& winograd_kernels() {
     default:
       return winograd_kernels_scalar;
   }
-}
-
-// G [m + 2, 3]: a filter line at the points.
-std::vector<double> filter_matrix(int64_t tile) {
-  if (tile == 2) return {1, 0, 0, 0.5, 0.5, 0.5, 0.5, -0.5, 0.5, 0, 0, 1};
-  const double a = kPointA, b = kPointB, aa = a * a, bb = b * b;
-  const double at_zero = 1 / (aa * bb), at_a = 1 / (2 * aa * (aa - bb)),
-               at_b = 1 / (2 * bb * (bb - aa));
-  return {at_zero, 0,         0,         at_a, a * at_a, aa * at_a, at_a, -a * at_a, aa * at_a,
-          at_b,    b * at_b, bb * at_b, at_b, -b * at_b, bb * at_b, 0,    0,         1};
 }
 
 void check_tile(int64_t tile) {
@@ -75,49 +63,38 @@ void winograd_weight(const Tensor& weight, bool transposed, int64_t tile, const 
   const int64_t side = tile + 2, columns = winograd_kernels().columns;
   const int64_t k = weight.size(transposed ? 1 : 0), c = weight.size(transposed ? 0 : 1);
   const int64_t panels = ceil_div(k, columns);
-  STD_TORCH_CHECK(packed.dim() == 4 && packed.size(0) == side * side &&
-                      packed.size(1) == panels && packed.size(2) == c &&
-                      packed.size(3) == columns && packed.is_contiguous(),
+  STD_TORCH_CHECK(packed.dim() == 4 && packed.size(0) == side * side && packed.size(1) == panels &&
+                      packed.size(2) == c && packed.size(3) == columns && packed.is_contiguous(),
                   "packed must be contiguous [", side * side, ", ", panels, ", ", c, ", ", columns,
                   "], got ", shape_of(packed));
   check_memory({{"packed", packed, Access::whole}}, {{"weight", weight, Access::whole}});
-  const std::vector<double> g = filter_matrix(tile);
   const float* w = static_cast<const float*>(weight.const_data_ptr());
   float* u = static_cast<float*>(packed.mutable_data_ptr());
-  const int64_t point_stride = panels * c * columns;
-  const int64_t stride_k = weight.stride(transposed ? 1 : 0);
-  const int64_t stride_c = weight.stride(transposed ? 0 : 1);
-  const int64_t stride_r = weight.stride(2), stride_s = weight.stride(3);
-  torch::stable::parallel_for(0, panels * c, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t panel = row / c, channel = row % c;
-      for (int64_t column = 0; column < columns; ++column) {
-        const int64_t out = panel * columns + column;
-        float* to = u + row * columns + column;
-        if (out >= k) {
-          for (int64_t p = 0; p < side * side; ++p) to[p * point_stride] = 0.0f;
-          continue;
-        }
-        const float* filter = w + out * stride_k + channel * stride_c;
-        double lines[6][3];
-        for (int64_t i = 0; i < side; ++i) {
-          for (int s = 0; s < 3; ++s) {
-            lines[i][s] = 0;
-            for (int r = 0; r < 3; ++r) {
-              // the gradient convolves with the filter turned by 180°
-              const int64_t y = transposed ? 2 - r : r, x = transposed ? 2 - s : s;
-              lines[i][s] += g[i * 3 + r] * filter[y * stride_r + x * stride_s];
-            }
-          }
-        }
-        for (int64_t i = 0; i < side; ++i) {
-          for (int64_t j = 0; j < side; ++j) {
-            double value = 0;
-            for (int s = 0; s < 3; ++s) value += g[j * 3 + s] * lines[i][s];
-            to[(i * side + j) * point_stride] = static_cast<float>(value);
-          }
-        }
-      }
+  WinogradWeight t{};
+  t.column_stride = weight.stride(transposed ? 1 : 0);
+  t.channel_stride = weight.stride(transposed ? 0 : 1);
+  t.row_stride = weight.stride(2);
+  t.tap_stride = weight.stride(3);
+  t.point_stride = panels * c * columns;
+  if (transposed) {  // the gradient convolves with the filter turned by 180°
+    w += 2 * t.row_stride + 2 * t.tap_stride;
+    t.row_stride = -t.row_stride;
+    t.tap_stride = -t.tap_stride;
+  }
+  const auto transform = winograd_kernels().weight[tile / 4];
+  constexpr int64_t kChannelGrain = 16;
+  torch::stable::parallel_for(0, panels * c, kChannelGrain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {  // rows of u, panel by panel
+      const int64_t panel = begin / c;
+      const int64_t stop = std::min(end, (panel + 1) * c);
+      WinogradWeight part = t;
+      part.begin = begin - panel * c;
+      part.end = stop - panel * c;
+      part.columns = std::min(columns, k - panel * columns);
+      part.w = w + panel * columns * t.column_stride;
+      part.u = u + panel * c * columns;
+      transform(part);
+      begin = stop;
     }
   });
 }
@@ -160,8 +137,7 @@ struct Convolution {
     }
   }
 
-  void from_points(int64_t begin, int64_t end, const float* m, int64_t first,
-                   int64_t count) const {
+  void from_points(int64_t begin, int64_t end, const float* m, int64_t first, int64_t count) const {
     WinogradOutput t = output;
     t.begin = begin;
     t.end = end;
@@ -202,9 +178,8 @@ struct Convolution {
       torch::stable::parallel_for(first, first + size, 1, [&](int64_t begin, int64_t end) {
         to_points(begin, end, v, first, size);
       });
-      torch::stable::parallel_for(0, products(), 1, [&](int64_t begin, int64_t end) {
-        multiply(begin, end, v, m, size);
-      });
+      torch::stable::parallel_for(
+          0, products(), 1, [&](int64_t begin, int64_t end) { multiply(begin, end, v, m, size); });
       torch::stable::parallel_for(first, first + size, 1, [&](int64_t begin, int64_t end) {
         from_points(begin, end, m, first, size);
       });

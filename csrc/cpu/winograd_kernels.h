@@ -9,10 +9,20 @@
 
 namespace resfast {
 
+// The filters of one panel of columns and of channels [begin, end) at the points.
+struct WinogradWeight {
+  int64_t begin, end;
+  int64_t columns;  // of the panel that exist; the rest is set to 0
+  const float* w;   // the panel's first column, channel 0, tap (0, 0)
+  int64_t column_stride, channel_stride, row_stride, tap_stride;
+  float* u;  // [channel][WinogradKernels::columns], points `point_stride` apart
+  int64_t point_stride;
+};
+
 // Tiles of an NHWC activation of padded stride-1 3×3 convolution, counted over n, row, column.
 struct TileGrid {
-  int64_t h, w;          // of input and output
-  int64_t rows, columns; // of tiles in one image
+  int64_t h, w;           // of input and output
+  int64_t rows, columns;  // of tiles in one image
 };
 
 struct WinogradInput {
@@ -48,7 +58,9 @@ struct WinogradOutput {
 struct WinogradKernels {
   int lanes;
   int columns;  // of a full panel
-  void (*input[2])(const WinogradInput&);  // of F(2×2) and F(4×4)
+  // pairs: of F(2×2) and of F(4×4)
+  void (*weight[2])(const WinogradWeight&);
+  void (*input[2])(const WinogradInput&);
   void (*product)(const WinogradProduct&);
   void (*output[2])(const WinogradOutput&);
 };

@@ -88,6 +88,94 @@ struct TilePlace {
 
 alignas(kVectorBytes) constexpr float kZeros[kWinogradLanes] = {};
 
+// G: the 3 taps `f` at the points, in float64 so that the filters are rounded once.
+template <int kTile>
+RESFAST_INLINE void filter_to_points(const DoubleVec* f, DoubleVec* out);
+
+template <>
+RESFAST_INLINE void filter_to_points<2>(const DoubleVec* f, DoubleVec* out) {
+  out[0] = f[0];
+  out[1] = 0.5 * ((f[0] + f[2]) + f[1]);
+  out[2] = 0.5 * ((f[0] + f[2]) - f[1]);
+  out[3] = f[2];
+}
+
+template <>
+RESFAST_INLINE void filter_to_points<4>(const DoubleVec* f, DoubleVec* out) {
+  constexpr double a = kPointA, b = kPointB, aa = a * a, bb = b * b;
+  constexpr double at_zero = 1 / (aa * bb), at_a = 1 / (2 * aa * (aa - bb)),
+                   at_b = 1 / (2 * bb * (bb - aa));
+  const DoubleVec even_a = at_a * f[0] + (aa * at_a) * f[2], odd_a = (a * at_a) * f[1];
+  const DoubleVec even_b = at_b * f[0] + (bb * at_b) * f[2], odd_b = (b * at_b) * f[1];
+  out[0] = at_zero * f[0];
+  out[1] = even_a + odd_a;
+  out[2] = even_a - odd_a;
+  out[3] = even_b + odd_b;
+  out[4] = even_b - odd_b;
+  out[5] = f[2];
+}
+
+typedef float FloatHalfVec __attribute__((vector_size(kVectorBytes / 2)));
+
+template <int kTile>
+void winograd_weight(const WinogradWeight& t) {
+  constexpr int kSide = kTile + 2;
+  constexpr int kColumns = kPanelVectors * kWinogradLanes;
+  constexpr int kDoubles = kWinogradLanes / 2;
+  constexpr int64_t kBlock = 8;
+  // Channels are next to each other in memory and columns far apart, or the reverse: read along
+  // the former, then work along the latter.
+  float taps[kBlock][9][kColumns] = {};
+  for (int64_t first = t.begin; first < t.end; first += kBlock) {
+    const int64_t block = t.end - first < kBlock ? t.end - first : kBlock;
+    for (int r = 0; r < 3; ++r) {
+      for (int s = 0; s < 3; ++s) {
+        const float* w = t.w + first * t.channel_stride + r * t.row_stride + s * t.tap_stride;
+        if (t.channel_stride < t.column_stride) {
+          for (int64_t column = 0; column < t.columns; ++column) {
+            for (int64_t i = 0; i < block; ++i) {
+              taps[i][s * 3 + r][column] = w[column * t.column_stride + i * t.channel_stride];
+            }
+          }
+        } else {
+          for (int64_t i = 0; i < block; ++i) {
+            for (int64_t column = 0; column < t.columns; ++column) {
+              taps[i][s * 3 + r][column] = w[column * t.column_stride + i * t.channel_stride];
+            }
+          }
+        }
+      }
+    }
+    for (int64_t c = 0; c < block; ++c) {
+      float* u = t.u + (first + c) * kColumns;
+      for (int column = 0; column < kColumns; column += kDoubles) {
+        DoubleVec lines[3][kSide];
+#pragma GCC unroll 8
+        for (int s = 0; s < 3; ++s) {
+          DoubleVec f[3];
+#pragma GCC unroll 8
+          for (int r = 0; r < 3; ++r) {
+            f[r] = __builtin_convertvector(load_raw<FloatHalfVec>(&taps[c][s * 3 + r][column]),
+                                           DoubleVec);
+          }
+          filter_to_points<kTile>(f, lines[s]);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kSide; ++i) {
+          const DoubleVec f[3] = {lines[0][i], lines[1][i], lines[2][i]};
+          DoubleVec points[kSide];
+          filter_to_points<kTile>(f, points);
+#pragma GCC unroll 8
+          for (int j = 0; j < kSide; ++j) {
+            store_raw(u + (i * kSide + j) * t.point_stride + column,
+                      __builtin_convertvector(points[j], FloatHalfVec));
+          }
+        }
+      }
+    }
+  }
+}
+
 template <int kTile>
 void winograd_input(const WinogradInput& t) {
   constexpr int kSide = kTile + 2;
@@ -270,9 +358,10 @@ void winograd_output(const WinogradOutput& t) {
 }  // namespace
 }  // namespace resfast
 
-#define RESFAST_WINOGRAD_KERNELS                                               \
-  {                                                                            \
-    kWinogradLanes, kPanelVectors* kWinogradLanes,                             \
-        {&winograd_input<2>, &winograd_input<4>}, &winograd_product,           \
-        {&winograd_output<2>, &winograd_output<4>}                             \
+#define RESFAST_WINOGRAD_KERNELS                                                               \
+  {                                                                                            \
+    kWinogradLanes, kPanelVectors *kWinogradLanes, {&winograd_weight<2>, &winograd_weight<4>}, \
+        {&winograd_input<2>, &winograd_input<4>}, &winograd_product, {                         \
+      &winograd_output<2>, &winograd_output<4>                                                 \
+    }                                                                                          \
   }

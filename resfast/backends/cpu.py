@@ -1,4 +1,4 @@
-"""C++ norm kernels and oneDNN convolutions with fused epilogues, on CPU."""
+"""C++ norm kernels, Winograd and oneDNN convolutions with fused epilogues, on CPU."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from resfast.backends.interface import (
     nhwc,
 )
 from resfast.backends.packed import packed_convolution, packing_declines
+from resfast.backends.winograd import winograd_dgrad, winograd_fprop, winograd_tile
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _native = torch.ops.resfast
@@ -33,6 +34,18 @@ class CpuBackend(Backend):
         if z.dtype not in _DTYPES:
             return f"no kernel for {z.dtype}"
         return None
+
+    def conv_fprop(self, x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
+        tile = winograd_tile(x, weight, g, training=True)
+        if tile is None or bias is not None:
+            return super().conv_fprop(x, weight, bias, g)
+        return winograd_fprop(x, weight, tile)
+
+    def conv_dgrad(self, dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
+        tile = winograd_tile(dz, weight, g, training=True)
+        if tile is None:
+            return super().conv_dgrad(dz, x, weight, g)
+        return winograd_dgrad(dz, weight, tile)
 
     def conv_fprop_affine(
         self,

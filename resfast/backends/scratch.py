@@ -25,14 +25,19 @@ def scratch(slot: str, like: Tensor) -> Tensor:
     """
     if like.device.type != "cpu":
         return empty_nhwc(like.shape, like)
-    slots: dict[str, Tensor] = _threads.__dict__.setdefault("slots", {})
     n, c, h, w = like.shape
-    size = prod(like.shape) * like.element_size()
+    flat = flat_scratch(slot, prod(like.shape), like.dtype)
+    return flat.as_strided((n, c, h, w), (h * w * c, 1, w * c, c))
+
+
+def flat_scratch(slot: str, count: int, dtype: torch.dtype) -> Tensor:
+    """As ``scratch``, of ``count`` values on CPU."""
+    slots: dict[str, Tensor] = _threads.__dict__.setdefault("slots", {})
+    size = count * dtype.itemsize
     memory = slots.get(slot)
     if memory is None or memory.numel() < size:
         memory = slots[slot] = torch.empty(size, dtype=torch.uint8)
-    flat = memory[:size].view(like.dtype)
-    return flat.as_strided((n, c, h, w), (h * w * c, 1, w * c, c))
+    return memory[:size].view(dtype)
 
 
 def clear_scratch() -> None:

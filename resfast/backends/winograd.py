@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from resfast import native
-from resfast.backends.interface import ConvGeometry
+from resfast.backends.interface import ConvGeometry, empty_nhwc, nhwc
+from resfast.backends.scratch import flat_scratch
 
-# Below this many tiles the transformed filters cost more to read than multiplications save.
-_LEAST_TILES = {4: 8, 2: 16}
+# Below this many tiles the transformed filters cost more to read than multiplications save; in
+# training they are also made anew for every step.
+_LEAST_TILES = {4: 8, 2: 32}
+_LEAST_TILES_IN_TRAINING = 32
+_LEAST_SAVING = 1.25  # in multiplications: what pays for the transforms
 
 
-def winograd_tile(x: Tensor, weight: Tensor, g: ConvGeometry) -> int | None:
+def winograd_tile(x: Tensor, weight: Tensor, g: ConvGeometry, training: bool = False) -> int | None:
     """The m of F(m×m, 3×3) for this convolution, or None where it is better run directly."""
     k, c = weight.shape[:2]
     if (
@@ -33,19 +37,43 @@ def winograd_tile(x: Tensor, weight: Tensor, g: ConvGeometry) -> int | None:
     ):
         return None
     n, _, h, w = x.shape
-    best, saved = None, 1.25  # the least that pays for the transforms
-    for m in (2, 4):
+    best, saved = None, _LEAST_SAVING
+    for m, least in _LEAST_TILES.items():
         tiles = n * math.ceil(h / m) * math.ceil(w / m)
         fewer = 9 * n * h * w / ((m + 2) ** 2 * tiles)
-        if tiles >= _LEAST_TILES[m] and fewer > saved:
+        if tiles >= max(least, training * _LEAST_TILES_IN_TRAINING) and fewer > saved:
             best, saved = m, fewer
     return best
 
 
-def winograd_weight(weight: Tensor, tile: int, transposed: bool = False) -> Tensor:
-    """The filters at the points; ``transposed``: those of the gradient with respect to x."""
-    k, c = weight.shape[:2] if not transposed else (weight.shape[1], weight.shape[0])
-    columns = torch.ops.resfast.winograd_columns()
-    packed = weight.new_empty((tile + 2) ** 2, math.ceil(k / columns), c, columns)
-    torch.ops.resfast.winograd_weight(weight.detach(), transposed, tile, packed)
+def winograd_weight(weight: Tensor, tile: int) -> Tensor:
+    """The filters at the points, to keep."""
+    packed = weight.new_empty(_packed_shape(weight.shape[0], weight.shape[1], tile))
+    torch.ops.resfast.winograd_weight(weight.detach(), False, tile, packed)
     return packed
+
+
+def winograd_fprop(x: Tensor, weight: Tensor, tile: int) -> Tensor:
+    """conv(x, weight) on filters transformed for this call."""
+    return _convolve(x, weight, tile, False)
+
+
+def winograd_dgrad(dz: Tensor, weight: Tensor, tile: int) -> Tensor:
+    """The gradient with respect to x: a convolution of dz with the filters turned by 180°."""
+    return _convolve(dz, weight, tile, True)
+
+
+def _packed_shape(k: int, c: int, tile: int) -> tuple[int, int, int, int]:
+    columns = torch.ops.resfast.winograd_columns()
+    return (tile + 2) ** 2, math.ceil(k / columns), c, columns
+
+
+def _convolve(x: Tensor, weight: Tensor, tile: int, transposed: bool) -> Tensor:
+    k, c = weight.shape[:2] if not transposed else (weight.shape[1], weight.shape[0])
+    shape = _packed_shape(k, c, tile)
+    filters = flat_scratch("winograd filters", math.prod(shape), weight.dtype).view(shape)
+    torch.ops.resfast.winograd_weight(weight.detach(), transposed, tile, filters)
+    n, _, h, w = x.shape
+    out = empty_nhwc((n, k, h, w), x)
+    torch.ops.resfast.winograd_conv(nhwc(x), filters, None, None, None, False, False, out)
+    return out

@@ -1,0 +1,291 @@
+"""Winograd convolution: the native ops on each instruction set, and the choice to use them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from resfast import native
+from resfast.backends import backend
+from resfast.backends.interface import ConvGeometry, NormVectors, nhwc
+from resfast.backends.packed import packed_convolution
+from resfast.backends.winograd import (
+    winograd_dgrad,
+    winograd_fprop,
+    winograd_tile,
+    winograd_weight,
+)
+from resfast.testing import FLOOR_ULPS, SINGLE_FACTOR
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason=str(native.load_error()))
+ops = torch.ops.resfast
+PLAIN = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
+
+
+def _problem(n, c, h, w, k, seed=0):
+    """Activations as after a ReLU, He-scaled filters, a gradient; float32, channels_last."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
+
+    return (
+        normal(n, c, h, w).relu(),
+        normal(k, c, 3, 3) * math.sqrt(2 / (9 * c)),
+        normal(n, k, h, w),
+    )
+
+
+def _backward_x(dz, weight):
+    shape = (dz.shape[0], weight.shape[1], *dz.shape[2:])
+    return torch.nn.grad.conv2d_input(shape, weight, dz, padding=1)
+
+
+def _stock(compute, *tensors):
+    """Stock's own paths: NHWC and NCHW, with oneDNN and without."""
+    for on in (True, False):
+        with torch.backends.mkldnn.flags(enabled=on):
+            yield compute(*tensors)
+            yield compute(*(t.contiguous() for t in tensors))
+
+
+def _rms(t):
+    return t.double().square().mean().sqrt().item()
+
+
+def _assert_criterion(result, compute, *tensors):
+    exact = compute(*(t.double() for t in tensors))
+    stock = max(_rms(y - exact) for y in _stock(compute, *tensors))
+    limit = max(SINGLE_FACTOR * stock, FLOOR_ULPS * 2**-24 * _rms(exact))
+    assert _rms(result - exact) <= limit
+    # and channel by channel, where a few thousand values stand for each
+    per_channel = (result - exact).square().mean((0, 2, 3)).sqrt() / exact.square().mean(
+        (0, 2, 3)
+    ).sqrt()
+    assert per_channel.max() <= 2 * limit / _rms(exact)
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize("c", [16, 64, 128, 256, 512])
+def test_error_against_float64_is_that_of_stock(tile, c):
+    """The design's float32 criterion, at every channel count of a ResNet, forward and backward."""
+    x, weight, dz = _problem(8, c, 14, 14, 64)
+    forward = winograd_fprop(x, weight, tile)
+    _assert_criterion(forward, lambda a, w: F.conv2d(a, w, padding=1), x, weight)
+    x, weight, dz = _problem(8, 64, 14, 14, c)
+    _assert_criterion(winograd_dgrad(dz, weight, tile), _backward_x, dz, weight)
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 16, 1, 1, 16),
+        (2, 16, 3, 5, 48),
+        (1, 32, 4, 4, 80),  # a panel that is not full
+        (3, 64, 7, 7, 16),
+        (1, 48, 9, 14, 64),
+        (2, 80, 6, 1, 32),
+    ],
+    ids=str,
+)
+def test_every_shape_and_instruction_set(tile, shape, isa):
+    x, weight, dz = _problem(*shape)
+    _assert_close(winograd_fprop(x, weight, tile), F.conv2d(x.double(), weight.double(), padding=1))
+    _assert_close(winograd_dgrad(dz, weight, tile), _backward_x(dz.double(), weight.double()))
+    nchw = weight.contiguous()
+    assert torch.equal(winograd_fprop(x, nchw, tile), winograd_fprop(x, weight, tile))
+
+
+def _assert_close(result, exact):
+    assert result.shape == exact.shape
+    assert _rms(result - exact) <= 2e-6 * _rms(exact)
+    assert (result - exact).abs().max() <= 2e-5 * _rms(exact)
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+def test_blocks_of_tiles_join_seamlessly(tile):
+    """More tiles than one block of one thread; both ways to share out the work."""
+    for c, side, n in ((16, 40, 6), (512, 10, 3)):
+        x, weight, _ = _problem(n, c, side, side, c)
+        exact = F.conv2d(x.double(), weight.double(), padding=1)
+        _assert_close(winograd_fprop(x, weight, tile), exact)
+
+
+@pytest.mark.parametrize("c", [32, 256])
+def test_results_do_not_depend_on_the_number_of_threads(c):
+    x, weight, _ = _problem(4, c, 20, 20, c)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(winograd_fprop(x, weight, 4))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("add_after_act", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("tile", [2, 4])
+def test_epilogue(tile, relu, add_after_act, isa):
+    x, weight, residual = _problem(2, 16, 9, 9, 32)
+    scale, shift = torch.randn(32), torch.randn(32)
+    z = winograd_fprop(x, weight, tile)
+    out = torch.empty_like(z)
+    packed = winograd_weight(weight, tile)
+    ops.winograd_conv(x, packed, scale, shift, residual, relu, add_after_act, out)
+    u = z * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    u = u if add_after_act else u + residual
+    u = u.relu() if relu else u
+    u = u + residual if add_after_act else u
+    torch.testing.assert_close(out, u, rtol=1e-5, atol=1e-5)
+    in_place = residual.clone(memory_format=torch.preserve_format)
+    ops.winograd_conv(x, packed, scale, shift, in_place, relu, add_after_act, in_place)
+    assert torch.equal(in_place, out)
+
+
+def test_nan_and_infinity_stay(isa):
+    x, weight, _ = _problem(1, 16, 8, 8, 16)
+    x[0, 3, 2, 2] = math.nan
+    out = torch.empty(1, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    ops.winograd_conv(x, winograd_weight(weight, 2), None, None, None, True, False, out)
+    assert out[0, :, 2, 2].isnan().all()
+    assert out[0, :, 7, 7].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.zeros(1, 16, 8, 8, dtype=torch.float64)}, "float32"),
+        ({"x": torch.zeros(1, 16, 8)}, "4-D"),
+        ({"x": torch.zeros(1, 32, 8, 8)}, "winograd_weight made for"),
+        ({"x": torch.zeros(1, 20, 8, 8)}, "multiples of"),
+        ({"packed": torch.zeros(36, 1, 16, 7)}, "winograd_weight made for"),
+        ({"scale": torch.zeros(16)}, "come together"),
+        ({"scale": torch.zeros(8), "shift": torch.zeros(8)}, "one value per channel"),
+        ({"residual": torch.zeros(1, 16, 8, 9)}, "residual must have the shape"),
+        ({"out": torch.zeros(1, 16, 9, 8)}, "out must be"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_raise_before_anything_is_written(change, words):
+    _, weight, _ = _problem(1, 16, 8, 8, 16)
+    last = {"memory_format": torch.channels_last}
+    given = {
+        "x": torch.zeros(1, 16, 8, 8),
+        "packed": winograd_weight(weight, 4),
+        "scale": None,
+        "shift": None,
+        "residual": None,
+        "out": torch.full((1, 16, 8, 8), 7.0),
+    } | change
+    given = {
+        k: v.contiguous(**last)
+        if k in ("x", "residual", "out") and v is not None and v.dim() == 4
+        else v
+        for k, v in given.items()
+    }
+    before = given["out"].clone()
+    call = [given[k] for k in ("x", "packed", "scale", "shift", "residual")]
+    with pytest.raises(RuntimeError, match=words):
+        ops.winograd_conv(*call, False, False, given["out"])
+    assert torch.equal(given["out"], before)
+
+
+def test_output_must_not_be_the_input():
+    x, weight, _ = _problem(1, 16, 8, 8, 16)
+    with pytest.raises(RuntimeError, match="overlaps"):
+        ops.winograd_conv(x, winograd_weight(weight, 4), None, None, None, False, False, x)
+
+
+@pytest.mark.parametrize(
+    ("weight", "tile", "words"),
+    [
+        (torch.zeros(16, 16, 3, 3), 3, "tile must be"),
+        (torch.zeros(16, 16, 5, 5), 4, "weight must be"),
+        (torch.zeros(16, 16, 3, 3).double(), 4, "float32"),
+        (torch.zeros(16, 32, 3, 3), 4, "packed must be"),
+    ],
+)
+def test_bad_weights_raise(weight, tile, words):
+    packed = torch.zeros(36, 1, 16, ops.winograd_columns())
+    with pytest.raises(RuntimeError, match=words):
+        ops.winograd_weight(weight, False, tile, packed)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "geometry", "tile"),
+    [
+        ((1, 64, 56, 56), (64, 64, 3, 3), PLAIN, 4),
+        ((16, 512, 7, 7), (512, 512, 3, 3), PLAIN, 4),
+        ((1, 512, 7, 7), (512, 512, 3, 3), PLAIN, None),  # 4 tiles, 38 MB of filters
+        ((8, 64, 2, 2), (64, 64, 3, 3), PLAIN, None),
+        ((1, 64, 56, 56), (64, 64, 3, 3), PLAIN._replace(stride=(2, 2)), None),
+        ((1, 64, 56, 56), (64, 64, 3, 3), PLAIN._replace(padding=(0, 0)), None),
+        ((1, 64, 56, 56), (64, 64, 3, 3), PLAIN._replace(dilation=(2, 2)), None),
+        ((1, 64, 56, 56), (64, 32, 3, 3), PLAIN._replace(groups=2), None),
+        ((1, 64, 56, 56), (64, 64, 1, 1), PLAIN, None),
+        ((1, 24, 56, 56), (64, 24, 3, 3), PLAIN, None),
+        ((0, 64, 56, 56), (64, 64, 3, 3), PLAIN, None),
+    ],
+    ids=str,
+)
+def test_what_is_run_by_winograd(x, weight, geometry, tile):
+    assert winograd_tile(torch.empty(x), torch.empty(weight), geometry) == tile
+    assert winograd_tile(torch.empty(x).bfloat16(), torch.empty(weight), geometry) is None
+
+
+def test_prepared_filters_follow_weights_norm_and_instruction_set(isa):
+    """One prepared convolution serves all sizes; a change of any of its inputs makes it anew."""
+    from resfast import _C
+
+    x, weight, _ = _problem(2, 16, 16, 16, 16)
+    vectors = [torch.rand(16) + 0.5 for _ in range(4)]
+    norm = NormVectors(*vectors, 1e-5)
+
+    def check(images):
+        y = packed_convolution(images, weight, None, PLAIN, norm)(images, None, False)
+        z = F.conv2d(images, weight, padding=1)
+        gamma, beta, mean, var = vectors
+        torch.testing.assert_close(
+            y, F.batch_norm(z, mean, var, gamma, beta, False), rtol=1e-4, atol=1e-4
+        )
+
+    check(x)
+    check(nhwc(torch.randn(1, 16, 20, 24)))
+    first = packed_convolution(x, weight, None, PLAIN, norm)
+    assert packed_convolution(x, weight, None, PLAIN, norm) is first
+    weight.data.mul_(2)
+    check(x)
+    vectors[3].mul_(3)
+    check(x)
+    _C.set_cpu_isa("scalar")
+    check(x)
+
+
+def test_training_runs_winograd_forward_and_backward(monkeypatch):
+    """A convolution large enough for it, through the public op."""
+    from resfast.backends import cpu
+    from resfast.ops import ConvParams, NormParams, conv_bn_act
+
+    called = []
+    for name in ("winograd_fprop", "winograd_dgrad"):
+        original = getattr(cpu, name)
+        monkeypatch.setattr(
+            cpu, name, lambda *a, name=name, original=original: called.append(name) or original(*a)
+        )
+    x, weight, _ = _problem(4, 32, 16, 16, 32)
+    x.requires_grad_()
+    norm = NormParams(torch.ones(32), torch.zeros(32), None, None, None, True)
+    y = conv_bn_act(x, ConvParams(weight, None, (1, 1), (1, 1)), norm)
+    y.sum().backward()
+    assert called == ["winograd_fprop", "winograd_dgrad"]
+    called.clear()
+    with backend("eager"):
+        conv_bn_act(x, ConvParams(weight, None, (1, 1), (1, 1)), norm)
+    assert called == []
