@@ -31,4 +31,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
   m.def(
       "winograd_conv(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, Tensor? residual, "
       "bool relu, bool add_after_act, Tensor(a!) out) -> ()");
+  m.def("winograd_wgrad(Tensor x, Tensor dz, int tile, Tensor(a!) dweight) -> ()");
 }

@@ -25,6 +25,9 @@ RAW_OPS = (
     "norm_apply_max_pool",
     "norm_max_pool_backward_reduce",
     "norm_max_pool_backward_apply",
+    "winograd_weight",
+    "winograd_conv",
+    "winograd_wgrad",
 )
 
 _INSTALL = "pip install -e ."

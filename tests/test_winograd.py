@@ -17,6 +17,7 @@ from resfast.backends.winograd import (
     winograd_fprop,
     winograd_tile,
     winograd_weight,
+    winograd_wgrad,
 )
 from resfast.testing import FLOOR_ULPS, SINGLE_FACTOR
 
@@ -44,6 +45,11 @@ def _backward_x(dz, weight):
     return torch.nn.grad.conv2d_input(shape, weight, dz, padding=1)
 
 
+def _backward_weight(dz, x):
+    shape = (dz.shape[1], x.shape[1], 3, 3)
+    return torch.nn.grad.conv2d_weight(x, shape, dz, padding=1)
+
+
 def _stock(compute, *tensors):
     """Stock's own paths: NHWC and NCHW, with oneDNN and without."""
     for on in (True, False):
@@ -61,6 +67,8 @@ def _assert_criterion(result, compute, *tensors):
     stock = max(_rms(y - exact) for y in _stock(compute, *tensors))
     limit = max(SINGLE_FACTOR * stock, FLOOR_ULPS * 2**-24 * _rms(exact))
     assert _rms(result - exact) <= limit
+    if result.shape[2:] == (3, 3):
+        return
     # and channel by channel, where a few thousand values stand for each
     per_channel = (result - exact).square().mean((0, 2, 3)).sqrt() / exact.square().mean(
         (0, 2, 3)
@@ -81,6 +89,16 @@ def test_error_against_float64_is_that_of_stock(tile, c):
 
 @pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize(
+    ("n", "c", "side"), [(16, 64, 28), (8, 128, 28), (8, 256, 14), (8, 512, 7), (16, 512, 7)]
+)
+def test_error_of_the_weights_gradient_is_that_of_stock(tile, n, c, side):
+    """Over a ResNet's stages, from thousands of tiles of few channels to the reverse."""
+    x, weight, dz = _problem(n, c, side, side, 64)
+    _assert_criterion(winograd_wgrad(dz, x, weight, tile), _backward_weight, dz, x)
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize(
     "shape",
     [
         (1, 16, 1, 1, 16),
@@ -96,7 +114,10 @@ def test_every_shape_and_instruction_set(tile, shape, isa):
     x, weight, dz = _problem(*shape)
     _assert_close(winograd_fprop(x, weight, tile), F.conv2d(x.double(), weight.double(), padding=1))
     _assert_close(winograd_dgrad(dz, weight, tile), _backward_x(dz.double(), weight.double()))
+    dweight = winograd_wgrad(dz, x, weight, tile)
+    _assert_close(dweight, _backward_weight(dz.double(), x.double()))
     nchw = weight.contiguous()
+    assert torch.equal(winograd_wgrad(dz, x, nchw, tile), dweight)
     assert torch.equal(winograd_fprop(x, nchw, tile), winograd_fprop(x, weight, tile))
 
 
@@ -113,20 +134,23 @@ def test_blocks_of_tiles_join_seamlessly(tile):
         x, weight, _ = _problem(n, c, side, side, c)
         exact = F.conv2d(x.double(), weight.double(), padding=1)
         _assert_close(winograd_fprop(x, weight, tile), exact)
+    x, weight, dz = _problem(8, 256, 24, 24, 16)  # several blocks of the weight's gradient
+    exact = _backward_weight(dz.double(), x.double())
+    _assert_close(winograd_wgrad(dz, x, weight, tile), exact)
 
 
 @pytest.mark.parametrize("c", [32, 256])
 def test_results_do_not_depend_on_the_number_of_threads(c):
-    x, weight, _ = _problem(4, c, 20, 20, c)
+    x, weight, dz = _problem(4, c, 20, 20, c)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(winograd_fprop(x, weight, 4))
+            results.append((winograd_fprop(x, weight, 4), winograd_wgrad(dz, x, weight, 4)))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    for several in results[1:]:
+        assert all(map(torch.equal, results[0], several))
 
 
 @pytest.mark.parametrize("add_after_act", [False, True])
@@ -218,6 +242,19 @@ def test_bad_weights_raise(weight, tile, words):
         ops.winograd_weight(weight, False, tile, packed)
 
 
+def test_bad_gradients_raise():
+    x, _, dz = _problem(1, 16, 8, 8, 16)
+    for given, words in (
+        ((x, dz[:, :, :4], torch.zeros(16, 16, 3, 3)), "dz must be"),
+        ((x, dz, torch.zeros(16, 16, 1, 1)), "dweight must be"),
+        ((x, dz.double(), torch.zeros(16, 16, 3, 3)), "float32"),
+        ((x[:, :5], dz, torch.zeros(16, 5, 3, 3)), "multiples of"),
+    ):
+        images, gradient, dweight = given
+        with pytest.raises(RuntimeError, match=words):
+            ops.winograd_wgrad(nhwc(images), nhwc(gradient), 4, dweight)
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "geometry", "tile"),
     [
@@ -274,17 +311,19 @@ def test_training_runs_winograd_forward_and_backward(monkeypatch):
     from resfast.ops import ConvParams, NormParams, conv_bn_act
 
     called = []
-    for name in ("winograd_fprop", "winograd_dgrad"):
+    names = ["winograd_fprop", "winograd_dgrad", "winograd_wgrad"]
+    for name in names:
         original = getattr(cpu, name)
         monkeypatch.setattr(
             cpu, name, lambda *a, name=name, original=original: called.append(name) or original(*a)
         )
     x, weight, _ = _problem(4, 32, 16, 16, 32)
     x.requires_grad_()
+    weight.requires_grad_()
     norm = NormParams(torch.ones(32), torch.zeros(32), None, None, None, True)
     y = conv_bn_act(x, ConvParams(weight, None, (1, 1), (1, 1)), norm)
     y.sum().backward()
-    assert called == ["winograd_fprop", "winograd_dgrad"]
+    assert called == names
     called.clear()
     with backend("eager"):
         conv_bn_act(x, ConvParams(weight, None, (1, 1), (1, 1)), norm)

@@ -251,12 +251,109 @@ void winograd_conv(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   }
 }
 
+// dweight = Σ over images and places of dz·x: at each point a product over the tiles, so the same
+// number of multiplications is saved. Chains end at kTilesInChain; their sums are added in order.
+void winograd_wgrad(const Tensor& x, const Tensor& dz, int64_t tile, const Tensor& dweight) {
+  check_tile(tile);
+  check_activation(x, "x");
+  check_float(x, "x");
+  check_activation(dz, "dz");
+  check_float(dz, "dz");
+  check_float(dweight, "dweight");
+  const WinogradKernels& kernels = winograd_kernels();
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3), k = dz.size(1);
+  STD_TORCH_CHECK(dz.size(0) == n && dz.size(2) == h && dz.size(3) == w, "dz must be [", n, ", K, ",
+                  h, ", ", w, "], got ", shape_of(dz));
+  STD_TORCH_CHECK(c % kernels.lanes == 0 && k % kernels.lanes == 0,
+                  "channels must be multiples of ", kernels.lanes, ", got C = ", c, ", K = ", k);
+  STD_TORCH_CHECK(dweight.dim() == 4 && dweight.size(0) == k && dweight.size(1) == c &&
+                      dweight.size(2) == 3 && dweight.size(3) == 3,
+                  "dweight must be [", k, ", ", c, ", 3, 3], got ", shape_of(dweight));
+  check_memory({{"dweight", dweight, Access::whole}},
+               {{"x", x, Access::whole}, {"dz", dz, Access::whole}});
+  constexpr int64_t kTilesInChain = 32;
+  constexpr int64_t kChannelsInTask = 48;
+  const int64_t points = (tile + 2) * (tile + 2);
+  TileGrid grid{h, w, ceil_div(h, tile), ceil_div(w, tile)};
+  const int64_t tiles = n * grid.rows * grid.columns;
+  const int64_t fitting = kSharedBytes / (points * (c + k) * int64_t{sizeof(float)});
+  const int64_t count =
+      std::min(std::max<int64_t>(1, tiles), round_up(std::max<int64_t>(1, fitting), kTilesInChain));
+  const int64_t v_stride = count * c + kPointPadding, d_stride = count * k + kPointPadding;
+  const int64_t sum_stride = c * k + kPointPadding;
+  float* v = thread_scratch(points * (v_stride + d_stride + sum_stride));
+  float* d = v + points * v_stride;
+  float* sums = d + points * d_stride;
+  WinogradInput input{}, gradient{};
+  input.grid = gradient.grid = grid;
+  input.channels = c;
+  input.x = static_cast<const float*>(x.const_data_ptr());
+  input.point_stride = v_stride;
+  gradient.channels = k;
+  gradient.x = static_cast<const float*>(dz.const_data_ptr());
+  gradient.point_stride = d_stride;
+  const int64_t tasks = ceil_div(c, kChannelsInTask);
+  if (tiles == 0) std::fill(sums, sums + points * sum_stride, 0.0f);
+  for (int64_t first = 0; first < tiles; first += count) {
+    const int64_t size = std::min(count, tiles - first);
+    torch::stable::parallel_for(first, first + size, 1, [&](int64_t begin, int64_t end) {
+      WinogradInput part = input;
+      part.begin = begin;
+      part.end = end;
+      part.v = v + (begin - first) * c;
+      kernels.input[tile / 4](part);
+      part = gradient;
+      part.begin = begin;
+      part.end = end;
+      part.v = d + (begin - first) * k;
+      kernels.gradient[tile / 4](part);
+    });
+    torch::stable::parallel_for(0, points * tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t point = task / tasks;
+        WinogradCorrelation part{};
+        part.begin = task % tasks * kChannelsInTask;
+        part.end = std::min(c, part.begin + kChannelsInTask);
+        part.channels = c;
+        part.columns = k;
+        part.sums = sums + point * sum_stride;
+        for (int64_t chain = 0; chain < size; chain += kTilesInChain) {
+          part.tiles = std::min(kTilesInChain, size - chain);
+          part.v = v + point * v_stride + chain * c;
+          part.d = d + point * d_stride + chain * k;
+          part.add = first + chain > 0;
+          kernels.correlation(part);
+        }
+      }
+    });
+  }
+  WinogradWeightGradient out{};
+  out.end = c;
+  out.columns = k;
+  out.point_stride = sum_stride;
+  out.column_stride = dweight.stride(0);
+  out.channel_stride = dweight.stride(1);
+  out.row_stride = dweight.stride(2);
+  out.tap_stride = dweight.stride(3);
+  float* to = static_cast<float*>(dweight.mutable_data_ptr());
+  const int64_t columns = kernels.gradient_columns;
+  torch::stable::parallel_for(0, k / columns, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      WinogradWeightGradient part = out;
+      part.sums = sums + i * columns;
+      part.w = to + i * columns * part.column_stride;
+      kernels.weight_gradient[tile / 4](part);
+    }
+  });
+}
+
 }  // namespace
 }  // namespace resfast
 
 STABLE_TORCH_LIBRARY_IMPL(resfast, CPU, m) {
   m.impl("winograd_weight", TORCH_BOX(&resfast::winograd_weight));
   m.impl("winograd_conv", TORCH_BOX(&resfast::winograd_conv));
+  m.impl("winograd_wgrad", TORCH_BOX(&resfast::winograd_wgrad));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfast, CompositeExplicitAutograd, m) {

@@ -43,6 +43,26 @@ struct WinogradProduct {
   int64_t m_stride;
 };
 
+// sums[channel][column] (+)= Σ over tiles v[tile][channel]·d[tile][column], for channels [begin,
+// end).
+struct WinogradCorrelation {
+  int64_t tiles, begin, end, channels, columns;
+  const float* v;  // rows `channels` apart
+  const float* d;  // rows `columns` apart
+  float* sums;     // rows `columns` apart
+  bool add;
+};
+
+// The 3×3 gradient of filters from that of their points: channels [begin, end), columns from
+// `column` on, as many as one vector of float64 holds.
+struct WinogradWeightGradient {
+  int64_t begin, end, columns;
+  const float* sums;  // the first column; rows `columns` apart
+  int64_t point_stride;
+  float* w;  // the first column, channel 0, tap (0, 0)
+  int64_t column_stride, channel_stride, row_stride, tap_stride;
+};
+
 struct WinogradOutput {
   TileGrid grid;
   int64_t begin, end;  // tiles
@@ -57,11 +77,15 @@ struct WinogradOutput {
 
 struct WinogradKernels {
   int lanes;
-  int columns;  // of a full panel
+  int columns;           // of a full panel
+  int gradient_columns;  // of one WinogradWeightGradient
   // pairs: of F(2×2) and of F(4×4)
   void (*weight[2])(const WinogradWeight&);
   void (*input[2])(const WinogradInput&);
+  void (*gradient[2])(const WinogradInput&);  // of the output, to the points
   void (*product)(const WinogradProduct&);
+  void (*correlation)(const WinogradCorrelation&);
+  void (*weight_gradient[2])(const WinogradWeightGradient&);
   void (*output[2])(const WinogradOutput&);
 };
 

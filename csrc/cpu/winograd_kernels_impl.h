@@ -73,6 +73,31 @@ RESFAST_INLINE void from_points<4>(const FloatVec* p, FloatVec* out) {
   out[3] = p[5] + ((a * a) * difference_a + (b * b) * difference_b);
 }
 
+// A: the m gradients of an output line, taken back to the points
+template <int kTile>
+RESFAST_INLINE void gradient_to_points(const FloatVec* d, FloatVec* out);
+
+template <>
+RESFAST_INLINE void gradient_to_points<2>(const FloatVec* d, FloatVec* out) {
+  out[0] = d[0];
+  out[1] = d[0] + d[1];
+  out[2] = d[0] - d[1];
+  out[3] = d[1];
+}
+
+template <>
+RESFAST_INLINE void gradient_to_points<4>(const FloatVec* d, FloatVec* out) {
+  constexpr float a = kPointA, b = kPointB;
+  const FloatVec even_a = d[0] + (a * a) * d[2], odd_a = a * (d[1] + (a * a) * d[3]);
+  const FloatVec even_b = d[0] + (b * b) * d[2], odd_b = b * (d[1] + (b * b) * d[3]);
+  out[0] = d[0];
+  out[1] = even_a + odd_a;
+  out[2] = even_a - odd_a;
+  out[3] = even_b + odd_b;
+  out[4] = even_b - odd_b;
+  out[5] = d[3];
+}
+
 // ---- kernels
 
 struct TilePlace {
@@ -176,17 +201,18 @@ void winograd_weight(const WinogradWeight& t) {
   }
 }
 
-template <int kTile>
-void winograd_input(const WinogradInput& t) {
+// kLine values a side, from `offset` of the tile's first output, to the points.
+template <int kTile, int kLine, int kOffset, class Transform>
+RESFAST_INLINE void tiles_to_points(const WinogradInput& t, const Transform& transform) {
   constexpr int kSide = kTile + 2;
   const TileGrid& g = t.grid;
   for (int64_t tile = t.begin; tile < t.end; ++tile) {
     const TilePlace at(g, tile, kTile);
-    const float* from[kSide][kSide];
-    int64_t step[kSide][kSide];  // 0 in the padding, which stays at one vector of zeros
-    for (int i = 0; i < kSide; ++i) {
-      for (int j = 0; j < kSide; ++j) {
-        const int64_t y = at.y + i - 1, x = at.x + j - 1;
+    const float* from[kLine][kLine];
+    int64_t step[kLine][kLine];  // 0 outside, which stays at one vector of zeros
+    for (int i = 0; i < kLine; ++i) {
+      for (int j = 0; j < kLine; ++j) {
+        const int64_t y = at.y + i + kOffset, x = at.x + j + kOffset;
         const bool inside = y >= 0 && y < g.h && x >= 0 && x < g.w;
         from[i][j] = inside ? t.x + ((at.n * g.h + y) * g.w + x) * t.channels : kZeros;
         step[i][j] = inside;
@@ -194,20 +220,20 @@ void winograd_input(const WinogradInput& t) {
     }
     float* v = t.v + (tile - t.begin) * t.channels;
     for (int64_t c = 0; c < t.channels; c += kWinogradLanes) {
-      FloatVec columns[kSide][kSide];  // by column, then point
+      FloatVec columns[kLine][kSide];  // by column, then point
 #pragma GCC unroll 8
-      for (int j = 0; j < kSide; ++j) {
-        FloatVec d[kSide];
+      for (int j = 0; j < kLine; ++j) {
+        FloatVec d[kLine];
 #pragma GCC unroll 8
-        for (int i = 0; i < kSide; ++i) d[i] = load_raw<FloatVec>(from[i][j] + c * step[i][j]);
-        to_points<kTile>(d, columns[j]);
+        for (int i = 0; i < kLine; ++i) d[i] = load_raw<FloatVec>(from[i][j] + c * step[i][j]);
+        transform(d, columns[j]);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kSide; ++i) {
-        FloatVec d[kSide], points[kSide];
+        FloatVec d[kLine], points[kSide];
 #pragma GCC unroll 8
-        for (int j = 0; j < kSide; ++j) d[j] = columns[j][i];
-        to_points<kTile>(d, points);
+        for (int j = 0; j < kLine; ++j) d[j] = columns[j][i];
+        transform(d, points);
 #pragma GCC unroll 8
         for (int j = 0; j < kSide; ++j) {
           store_raw(v + (i * kSide + j) * t.point_stride + c, points[j]);
@@ -215,6 +241,19 @@ void winograd_input(const WinogradInput& t) {
       }
     }
   }
+}
+
+template <int kTile>
+void winograd_input(const WinogradInput& t) {
+  tiles_to_points<kTile, kTile + 2, -1>(
+      t, [](const FloatVec* d, FloatVec* out) RESFAST_INLINE_LAMBDA { to_points<kTile>(d, out); });
+}
+
+template <int kTile>
+void winograd_gradient(const WinogradInput& t) {
+  tiles_to_points<kTile, kTile, 0>(t, [](const FloatVec* d, FloatVec* out) RESFAST_INLINE_LAMBDA {
+    gradient_to_points<kTile>(d, out);
+  });
 }
 
 template <int kRows, int kVectors>
@@ -304,6 +343,116 @@ inline void winograd_product(const WinogradProduct& t) {
   }
 }
 
+// ---- the weight's gradient
+
+template <int kRows, int kVectors>
+RESFAST_INLINE void correlation_block(const WinogradCorrelation& t, int64_t channel,
+                                      int64_t column) {
+  FloatVec sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) sum[r][j] = FloatVec{};
+  }
+  const float* v = t.v + channel;
+  const float* d = t.d + column;
+  for (int64_t tile = 0; tile < t.tiles; ++tile) {
+    FloatVec columns[kVectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) columns[j] = load_raw<FloatVec>(d + j * kWinogradLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const FloatVec value = splat(v[r]);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) sum[r][j] += value * columns[j];
+    }
+    v += t.channels;
+    d += t.columns;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = t.sums + (channel + r) * t.columns + column + j * kWinogradLanes;
+      store_raw(to, t.add ? load_raw<FloatVec>(to) + sum[r][j] : sum[r][j]);
+    }
+  }
+}
+
+template <int kVectors>
+RESFAST_INLINE void correlation_rows(const WinogradCorrelation& t, int64_t column) {
+  int64_t channel = t.begin;
+  for (; channel + kPanelRows <= t.end; channel += kPanelRows) {
+    correlation_block<kPanelRows, kVectors>(t, channel, column);
+  }
+  for (; channel + 4 <= t.end; channel += 4) correlation_block<4, kVectors>(t, channel, column);
+  for (; channel + 2 <= t.end; channel += 2) correlation_block<2, kVectors>(t, channel, column);
+  for (; channel < t.end; ++channel) correlation_block<1, kVectors>(t, channel, column);
+}
+
+inline void winograd_correlation(const WinogradCorrelation& t) {
+  constexpr int64_t kPanel = kPanelVectors * kWinogradLanes;
+  int64_t column = 0;
+  for (; column + kPanel <= t.columns; column += kPanel) {
+    correlation_rows<kPanelVectors>(t, column);
+  }
+  for (; column < t.columns; column += kWinogradLanes) correlation_rows<1>(t, column);
+}
+
+// Gᵀ: the 3 taps from the points
+template <int kTile>
+RESFAST_INLINE void points_to_filter(const DoubleVec* p, DoubleVec* out);
+
+template <>
+RESFAST_INLINE void points_to_filter<2>(const DoubleVec* p, DoubleVec* out) {
+  out[0] = p[0] + 0.5 * (p[1] + p[2]);
+  out[1] = 0.5 * (p[1] - p[2]);
+  out[2] = 0.5 * (p[1] + p[2]) + p[3];
+}
+
+template <>
+RESFAST_INLINE void points_to_filter<4>(const DoubleVec* p, DoubleVec* out) {
+  constexpr double a = kPointA, b = kPointB, aa = a * a, bb = b * b;
+  constexpr double at_zero = 1 / (aa * bb), at_a = 1 / (2 * aa * (aa - bb)),
+                   at_b = 1 / (2 * bb * (bb - aa));
+  const DoubleVec sum_a = at_a * (p[1] + p[2]), sum_b = at_b * (p[3] + p[4]);
+  out[0] = at_zero * p[0] + (sum_a + sum_b);
+  out[1] = (a * at_a) * (p[1] - p[2]) + (b * at_b) * (p[3] - p[4]);
+  out[2] = (aa * sum_a + bb * sum_b) + p[5];
+}
+
+template <int kTile>
+void winograd_weight_gradient(const WinogradWeightGradient& t) {
+  constexpr int kSide = kTile + 2;
+  constexpr int kDoubles = kWinogradLanes / 2;
+  for (int64_t channel = t.begin; channel < t.end; ++channel) {
+    const float* from = t.sums + channel * t.columns;
+    DoubleVec lines[kSide][3];  // by row of points
+#pragma GCC unroll 8
+    for (int i = 0; i < kSide; ++i) {
+      DoubleVec p[kSide];
+#pragma GCC unroll 8
+      for (int j = 0; j < kSide; ++j) {
+        p[j] = __builtin_convertvector(
+            load_raw<FloatHalfVec>(from + (i * kSide + j) * t.point_stride), DoubleVec);
+      }
+      points_to_filter<kTile>(p, lines[i]);
+    }
+    for (int s = 0; s < 3; ++s) {
+      DoubleVec p[kSide], taps[3];
+#pragma GCC unroll 8
+      for (int i = 0; i < kSide; ++i) p[i] = lines[i][s];
+      points_to_filter<kTile>(p, taps);
+      for (int r = 0; r < 3; ++r) {
+        float* w = t.w + channel * t.channel_stride + r * t.row_stride + s * t.tap_stride;
+        for (int lane = 0; lane < kDoubles; ++lane) {
+          w[lane * t.column_stride] = static_cast<float>(taps[r][lane]);
+        }
+      }
+    }
+  }
+}
+
 template <int kTile>
 void winograd_output(const WinogradOutput& t) {
   constexpr int kSide = kTile + 2;
@@ -358,10 +507,12 @@ void winograd_output(const WinogradOutput& t) {
 }  // namespace
 }  // namespace resfast
 
-#define RESFAST_WINOGRAD_KERNELS                                                               \
-  {                                                                                            \
-    kWinogradLanes, kPanelVectors *kWinogradLanes, {&winograd_weight<2>, &winograd_weight<4>}, \
-        {&winograd_input<2>, &winograd_input<4>}, &winograd_product, {                         \
-      &winograd_output<2>, &winograd_output<4>                                                 \
-    }                                                                                          \
+#define RESFAST_WINOGRAD_KERNELS                                                                  \
+  {                                                                                               \
+    kWinogradLanes, kPanelVectors *kWinogradLanes, kWinogradLanes / 2,                            \
+        {&winograd_weight<2>, &winograd_weight<4>}, {&winograd_input<2>, &winograd_input<4>},     \
+        {&winograd_gradient<2>, &winograd_gradient<4>}, &winograd_product, &winograd_correlation, \
+        {&winograd_weight_gradient<2>, &winograd_weight_gradient<4>}, {                           \
+      &winograd_output<2>, &winograd_output<4>                                                    \
+    }                                                                                             \
   }

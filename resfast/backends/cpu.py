@@ -16,7 +16,12 @@ from resfast.backends.interface import (
     nhwc,
 )
 from resfast.backends.packed import packed_convolution, packing_declines
-from resfast.backends.winograd import winograd_dgrad, winograd_fprop, winograd_tile
+from resfast.backends.winograd import (
+    winograd_dgrad,
+    winograd_fprop,
+    winograd_tile,
+    winograd_wgrad,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _native = torch.ops.resfast
@@ -46,6 +51,12 @@ class CpuBackend(Backend):
         if tile is None:
             return super().conv_dgrad(dz, x, weight, g)
         return winograd_dgrad(dz, weight, tile)
+
+    def conv_wgrad(self, dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
+        tile = winograd_tile(x, weight, g, training=True)
+        if tile is None or dz.dtype != x.dtype:
+            return super().conv_wgrad(dz, x, weight, g)
+        return winograd_wgrad(dz, x, weight, tile)
 
     def conv_fprop_affine(
         self,

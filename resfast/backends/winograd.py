@@ -63,6 +63,13 @@ def winograd_dgrad(dz: Tensor, weight: Tensor, tile: int) -> Tensor:
     return _convolve(dz, weight, tile, True)
 
 
+def winograd_wgrad(dz: Tensor, x: Tensor, weight: Tensor, tile: int) -> Tensor:
+    """The gradient with respect to the weight, in its layout."""
+    dweight = torch.empty_like(weight)
+    torch.ops.resfast.winograd_wgrad(nhwc(x), nhwc(dz), tile, dweight)
+    return dweight
+
+
 def _packed_shape(k: int, c: int, tile: int) -> tuple[int, int, int, int]:
     columns = torch.ops.resfast.winograd_columns()
     return (tile + 2) ** 2, math.ceil(k / columns), c, columns
