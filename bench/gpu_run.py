@@ -42,7 +42,7 @@ QUICK_TESTS = ("tests/test_backends.py", "tests/test_native_norm.py", "tests/tes
 # Tuning takes minutes and a record is written when all its peers are done: a race of its own.
 PEERS = (
     *("eager-nhwc", "eager-nchw", "compile", "compile-freezing", "cuda-graph", "cudnn-fused"),
-    *("apex", "memory-efficient"),
+    *("apex", "memory-efficient", "optimized"),
 )
 TUNED_PEERS = ("eager-nhwc", "compile-autotune")
 PEER_SECONDS = 6

@@ -32,4 +32,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
       "winograd_conv(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, Tensor? residual, "
       "bool relu, bool add_after_act, Tensor(a!) out) -> ()");
   m.def("winograd_wgrad(Tensor x, Tensor dz, int tile, Tensor(a!) dweight) -> ()");
+  m.def(
+      "take_sample(Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, "
+      "Tensor var, Tensor(a!) sample) -> bool");
+  m.def(
+      "same_sample(Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, "
+      "Tensor var, Tensor sample) -> bool");
 }

@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from resfast import native
 from resfast.backends import backend, clear_caches
 from resfast.explain import explain
+from resfast.inference import OptimizedModel, optimize_for_inference
 from resfast.models import (
     PreActResNet,
     ResNet,
@@ -37,6 +38,7 @@ __all__ = [
     "BasicBlock",
     "Bottleneck",
     "ConvBNAct",
+    "OptimizedModel",
     "PreActResNet",
     "ResNet",
     "SimpleResNet",
@@ -46,6 +48,7 @@ __all__ = [
     "create_model",
     "explain",
     "list_models",
+    "optimize_for_inference",
     "preact_resnet18",
     "preact_resnet34",
     "preact_resnet50",

@@ -15,7 +15,12 @@ from resfast.backends.interface import (
     empty_nhwc,
     nhwc,
 )
-from resfast.backends.packed import packed_convolution, packing_declines
+from resfast.backends.packed import (
+    PackedConvolution,
+    packed_convolution,
+    packing_declines,
+    recall_convolution,
+)
 from resfast.backends.winograd import (
     winograd_dgrad,
     winograd_fprop,
@@ -25,6 +30,15 @@ from resfast.backends.winograd import (
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _native = torch.ops.resfast
+
+
+def _run_packed(
+    packed: PackedConvolution, x: Tensor, residual: Tensor | None, relu: bool, add_after_act: bool
+) -> Tensor:
+    y = packed(nhwc(x), None if add_after_act or residual is None else nhwc(residual), relu)
+    if add_after_act and residual is not None:
+        y.add_(residual)
+    return nhwc(y)
 
 
 class CpuBackend(Backend):
@@ -70,10 +84,21 @@ class CpuBackend(Backend):
         add_after_act: bool,
     ) -> Tensor:
         packed = packed_convolution(x, weight, bias, g, norm)
-        y = packed(nhwc(x), None if add_after_act or residual is None else nhwc(residual), relu)
-        if add_after_act and residual is not None:
-            y.add_(residual)
-        return nhwc(y)
+        return _run_packed(packed, x, residual, relu, add_after_act)
+
+    def conv_fprop_affine_again(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        g: ConvGeometry,
+        norm: NormVectors,
+        residual: Tensor | None,
+        relu: bool,
+        add_after_act: bool,
+    ) -> Tensor | None:
+        packed = recall_convolution(x, weight, bias, g, norm, residual)
+        return None if packed is None else _run_packed(packed, x, residual, relu, add_after_act)
 
     def epilogue_declines(self, x: Tensor, weight: Tensor, residual: Tensor | None) -> str | None:
         return packing_declines(x, weight, residual)

@@ -133,6 +133,23 @@ class Backend:
         """conv_fprop with the norm, residual and ReLU in the convolution's own epilogue."""
         raise NotImplementedError
 
+    def conv_fprop_affine_again(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        g: ConvGeometry,
+        norm: NormVectors,
+        residual: Tensor | None,
+        relu: bool,
+        add_after_act: bool,
+    ) -> Tensor | None:
+        """``conv_fprop_affine`` where an earlier call's checks cover these arguments, else None.
+
+        Only then may the arguments be unchecked.
+        """
+        return None
+
     def epilogue_declines(self, x: Tensor, weight: Tensor, residual: Tensor | None) -> str | None:
         """Why ``conv_fprop_affine`` does not take these, or None."""
         return "its convolution is the library's, without such an epilogue"

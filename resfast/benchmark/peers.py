@@ -63,6 +63,11 @@ def _memory_efficient(work: Work, model: nn.Module) -> Contender:
     return work.contender(other, other, work.batches())
 
 
+def _optimized(work: Work, model: nn.Module) -> Contender:
+    other = resfast.optimize_for_inference(model)
+    return work.contender(other, other, work.batches())
+
+
 def _eager_nchw(work: Work, model: nn.Module) -> Contender:
     stock = _stock(model, torch.contiguous_format)
     return work.contender(stock, stock, work.batches(torch.contiguous_format))
@@ -206,7 +211,7 @@ def _openvino(work: Work, model: nn.Module) -> Contender:
 
 
 def _inference_only(work: Work) -> str | None:
-    return "an inference engine" if work.training else None
+    return "for inference" if work.training else None
 
 
 def _cpu_engine(*modules: str) -> Callable[[Work], str | None]:
@@ -249,6 +254,13 @@ PEERS = {
             "resfast, memory_efficient=True",
             _memory_efficient,
             lambda work: _bottleneck_models(work) if work.training else "trains only",
+        ),
+        Peer(
+            "optimized",
+            "resfast, optimize_for_inference",
+            _optimized,
+            _inference_only,
+            default=True,
         ),
         Peer("eager-nchw", "eager", _eager_nchw),
         Peer("eager-nhwc", "eager, channels_last", _eager_nhwc, default=True),

@@ -294,12 +294,17 @@ def _inference_kernel(
 ) -> Tensor:
     g = _geometry(stride, padding, dilation, groups)
     check_activation(x)
+    norm = NormVectors(gamma, beta, running_mean, running_var, eps)
+    backend = select("conv_fprop", x)
+    y = backend.conv_fprop_affine_again(
+        x, weight, conv_bias, g, norm, residual, relu, add_after_act
+    )
+    if y is not None:
+        return y
     # shape, dtype and device of z, and stock convolution's errors, without computing it
     z = output_like(x, weight, conv_bias, g)
     check_norm(z, gamma, beta, running_mean, running_var, False, eps)
     check_residual(residual, z)
-    norm = NormVectors(gamma, beta, running_mean, running_var, eps)
-    backend = select("conv_fprop", x)
     reason = backend.epilogue_declines(x, weight, residual)
     if reason is None:
         return backend.conv_fprop_affine(
