@@ -129,7 +129,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "resfast"  # the same records give the same file
+    # the same records give the same small file: fixed ids, text as text
+    matplotlib.rcParams |= {"svg.hashsalt": "resfast", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
     height = sum(0.32 * len(r["rows"]) + 0.75 for r in records)
