@@ -24,6 +24,7 @@ from resfast.backends.packed import (
 from resfast.backends.select import select
 
 MAX_PLANS = 8
+_PREPARED = "resfast prepared convolution"
 
 
 class OptimizedModel(nn.Module):
@@ -116,15 +117,28 @@ def _prepare(graph: fx.GraphModule, node: fx.Node) -> None:
         return
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     run = prepare_convolution(x, weight, bias, geometry, NormVectors(gamma, beta, mean, var, eps))
+    arguments = (node.args[0], node.args[7], relu, _is_last_use(node, node.args[7]))
     with graph.graph.inserting_before(node):
-        call = graph.graph.call_function(_named(run, node.name), (node.args[0], node.args[7], relu))
-    call.meta = node.meta  # its consumers ask for its shape
+        call = graph.graph.call_function(_named(run, node.name), arguments)
+    call.meta = {**node.meta, _PREPARED: True}  # its consumers ask for its shape
     node.replace_all_uses_with(call)
     graph.graph.erase_node(node)
 
 
+def _is_last_use(node: fx.Node, residual: Any) -> bool:
+    """The residual is a prepared convolution's output, read by no other kind of call (which might
+    keep a view of it), and by nothing from here on.
+    """
+    if not isinstance(residual, fx.Node) or not residual.meta.get(_PREPARED):
+        return False
+    others = [user for user in residual.users if user is not node]
+    return residual is not node.args[0] and all(
+        user.meta.get(_PREPARED) and user < node for user in others
+    )
+
+
 def _named(run: PackedConvolution, name: str) -> PackedConvolution:
-    run.__name__ = f"run_{name}"
-    run.__qualname__ = run.__name__
+    for attribute in ("__name__", "__qualname__"):
+        setattr(run, attribute, f"run_{name}")
     run.__module__ = __name__
     return run

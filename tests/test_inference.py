@@ -51,6 +51,36 @@ def test_every_convolution_is_prepared_and_nothing_else_is_called():
     assert len(called) <= 53 + 7  # pooling, flattening, the linear layer
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_residuals_are_overwritten_only_after_their_last_use(name):
+    """In a classifier every one is; features that are returned stay what they were."""
+    optimized = resfast.optimize_for_inference(_model(name))
+    optimized(_images())
+    (plan,) = optimized.plans.values()
+    runs = [n for n in plan.graph.nodes if str(n.target).startswith("<function run_")]
+    added = [n for n in runs if n.args[1] is not None]
+    first = 1 if name == "resnet18" else 0  # the max-pool's output is not a convolution's
+    assert [n.args[3] for n in added] == [False] * first + [True] * (len(added) - first)
+
+    class Both(nn.Module):
+        """Returns what the second block also takes as its residual, and a view of it."""
+
+        def __init__(self):
+            super().__init__()
+            self.blocks = _model(name).layer1
+
+        def forward(self, x):
+            first = self.blocks[0](x)
+            return first, self.blocks[1](first), first.flatten(1)
+
+    model, x = Both().eval(), _images(2, 64, 16, 16)
+    with torch.no_grad():
+        wanted = model(x)
+    got = resfast.optimize_for_inference(model)(x)
+    for y, exact in zip(got, wanted, strict=True):
+        torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-4)
+
+
 def test_each_input_size_has_a_plan_up_to_a_limit(monkeypatch):
     monkeypatch.setattr("resfast.inference.MAX_PLANS", 2)
     model = _model()

@@ -8,9 +8,8 @@ the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +19,18 @@ from resfast import native
 from resfast.backends.interface import ConvGeometry, NormVectors, empty_nhwc
 from resfast.backends.winograd import winograd_tile, winograd_weight
 
-PackedConvolution = Callable[[Tensor, "Tensor | None", bool], Tensor]
-
 _SAMPLES = 64  # as in csrc/cpu/sample.cpp
+
+
+class PackedConvolution(Protocol):
+    """act(conv(x) + residual), with everything else prepared.
+
+    With ``overwrite`` the result takes the residual's memory, which must not be x's.
+    """
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False
+    ) -> Tensor: ...
 
 
 class _Key(NamedTuple):
@@ -171,9 +179,12 @@ def prepare_convolution(
 def _winograd(weight: Tensor, tile: int, scale: Tensor, shift: Tensor) -> PackedConvolution:
     filters, channels = winograd_weight(weight, tile), weight.shape[0]
 
-    def run(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    def run(x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False) -> Tensor:
         n, _, h, w = x.shape
-        out = empty_nhwc((n, channels, h, w), x)
+        if overwrite and residual is not None:
+            out = residual
+        else:
+            out = empty_nhwc((n, channels, h, w), x)
         torch.ops.resfast.winograd_conv(x, filters, scale, shift, residual, relu, False, out)
         return out
 
@@ -187,7 +198,7 @@ def _onednn(
     folded = weight.detach() * scale.view(-1, 1, 1, 1)
     packed = torch.ops.mkldnn._reorder_convolution_weight(folded, *geometry, x.shape)
 
-    def run(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    def run(x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False) -> Tensor:
         attr: str | None
         if residual is None:
             attr = "relu" if relu else "none"
@@ -195,6 +206,11 @@ def _onednn(
                 x, packed, shift, *geometry, attr, [], ""
             )
         attr = "relu" if relu else None
+        if overwrite:
+            return torch.ops.mkldnn._convolution_pointwise_.binary(
+                residual, x, packed, shift, *geometry, "add", 1.0, attr, [], ""
+            )
+        # copies the residual first: its post-op adds to what the output holds
         return torch.ops.mkldnn._convolution_pointwise.binary(
             x, residual, packed, shift, *geometry, "add", 1.0, attr, [], ""
         )
