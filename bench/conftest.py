@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from ratios import TOLD
 
 from resfast import native
 from resfast.benchmark.floor import measure_ceilings
@@ -51,6 +52,22 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["commit_info"].pop("project", None)
     for entry in output_json["benchmarks"]:
         entry["options"].pop("timer", None)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Times and errors beside the ratios: milliseconds, and each contender's error in float64."""
+    rows = [(name, extra) for name, extra in TOLD if "relative_errors" in extra]
+    if not rows:
+        return
+    terminalreporter.section("milliseconds, and relative errors against float64 (output, gradient)")
+    width = max(len(name) for name, _ in rows)
+    for name, extra in rows:
+        errors = "  ".join(
+            f"{who} " + ", ".join(f"{e:.1e}" for e in found.values() if e is not None)
+            for who, found in extra["relative_errors"].items()
+        )
+        times = f"{extra['resfast_ms']:9.3f} {extra['peer_ms']:9.3f}"
+        terminalreporter.write_line(f"{name:<{width}} {times}  {errors}")
 
 
 @pytest.fixture(scope="session")

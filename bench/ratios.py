@@ -22,6 +22,7 @@ class Clock:
 
 
 CLOCK = Clock()
+TOLD: list[tuple[str, dict]] = []  # of this session: test, and what was kept beside its ratio
 
 
 def in_ratios(group: str) -> pytest.MarkDecorator:
@@ -31,6 +32,7 @@ def in_ratios(group: str) -> pytest.MarkDecorator:
 def tell(benchmark, ratios: Sequence[float], **extra) -> None:
     """Hand measured values to the `benchmark` fixture; `extra` is kept beside them."""
     benchmark.extra_info.update(extra)
+    TOLD.append((benchmark.name, extra))
     turn = iter(ratios)
 
     def advance() -> None:
