@@ -1,1 +1,1 @@
-"""Home of the Triton kernels, installed as ``resfast.kernels``. There are none yet."""
+"""Triton kernels, installed as ``resfast.kernels``. Import its modules only where Triton is."""

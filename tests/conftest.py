@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # before anything imports Triton: its kernels then run on CPU tensors, in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from resfast import native
 
