@@ -65,9 +65,7 @@ def capture() -> Iterator[list[Launch]]:
 
 
 def _bytes(operands: Sequence[Tensor | int | None]) -> int:
-    return sum(
-        t.numel() * t.element_size() if isinstance(t, Tensor) else t or 0 for t in operands
-    )
+    return sum(t.numel() * t.element_size() if isinstance(t, Tensor) else t or 0 for t in operands)
 
 
 def record(name: str, reads: Sequence[Tensor | int | None], writes: Sequence[Tensor | int | None]):

@@ -45,7 +45,7 @@ def centred(z, valid, rows):
 
 @triton.jit
 def chan_merge(mean_a, m2_a, n_a, mean_b, m2_b, n_b):
-    """Statistics of two sets joined (Chan, Golub and LeVeque 1983); an empty set changes nothing."""
+    """Statistics of two sets joined (Chan, Golub, LeVeque 1983); an empty set changes nothing."""
     n = n_a + n_b
     share = tl.where(n > 0, n_b / tl.where(n > 0, n, 1.0), 0.0)
     delta = mean_b - mean_a

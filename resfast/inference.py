@@ -94,13 +94,13 @@ def _plan(model: nn.Module, x: Tensor) -> fx.GraphModule | nn.Module:
 
 
 def _value(graph: fx.GraphModule, argument: Any) -> Any:
-    """A parameter's tensor; of an activation, one of its shape."""
+    """A parameter's tensor; of an activation, one like it."""
     if not isinstance(argument, fx.Node):
         return argument
     if argument.op == "get_attr":
         return getattr(graph, str(argument.target))
-    meta = argument.meta["tensor_meta"]
-    return torch.empty(meta.shape, dtype=meta.dtype, device="cpu")
+    like = argument.meta["val"]
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
 def _prepare(graph: fx.GraphModule, node: fx.Node) -> None:

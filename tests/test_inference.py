@@ -141,6 +141,15 @@ def test_other_dtypes_run_too(dtype):
         torch.testing.assert_close(resfast.optimize_for_inference(model)(x), model(x))
 
 
+def test_on_another_device_no_convolution_is_prepared_for_the_cpu():
+    optimized = resfast.optimize_for_inference(_model().to("meta"))
+    y = optimized(_images().to("meta"))
+    assert y.device.type == "meta"
+    assert y.shape == (2, 10)
+    (plan,) = optimized.plans.values()
+    assert not any("run_" in str(n.target) for n in plan.graph.nodes)
+
+
 def test_threads_share_one_optimized_model():
     model = _model()
     optimized = resfast.optimize_for_inference(model)
