@@ -53,6 +53,11 @@ def count_traffic() -> Iterator[list[Traffic]]:
         _ledgers.remove(ledger)
 
 
+def counting() -> bool:
+    """Whether launches on meta tensors serve anyone."""
+    return bool(_ledgers or _captures)
+
+
 @contextlib.contextmanager
 def capture() -> Iterator[list[Launch]]:
     """A list that every launch on meta tensors inside is added to: what a compiler needs."""

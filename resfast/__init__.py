@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 from resfast import native
-from resfast.backends import backend, clear_caches
+from resfast.backends import backend, clear_caches, fusion
 from resfast.explain import explain
 from resfast.inference import OptimizedModel, optimize_for_inference
 from resfast.models import (
@@ -47,6 +47,7 @@ __all__ = [
     "clear_caches",
     "create_model",
     "explain",
+    "fusion",
     "list_models",
     "optimize_for_inference",
     "preact_resnet18",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from resfast.backends.fusion import Fusion, current_fusion
 from resfast.backends.interface import FUNCTIONS
 from resfast.backends.select import Choice, listen
 from resfast.nn.fuse import Fusible, PlanRow
@@ -22,7 +23,9 @@ class Row:
     module: str
     children: tuple[str, ...]
     op: str
-    backends: dict[str, str]  # function → backend, of the whole module's forward
+    # function → backend, of the whole module's forward, "+" what else the kernel does; of blocks
+    # that are one op together, of that op
+    backends: dict[str, str]
     reason: str
 
 
@@ -33,6 +36,7 @@ class Explanation:
     rows: list[Row]
     backward: dict[tuple[str, str], int]
     declined: dict[str, str]  # backend → the reason it gave, for those that were passed over
+    fusion: Fusion  # the step in force and whose convolutions run
 
     def __str__(self) -> str:
         header = ("module", "children", "op", "backend", "reason")
@@ -47,6 +51,7 @@ class Explanation:
         for (function, backend), n in sorted(self.backward.items()):
             lines.append(f"backward: {function} × {n} on {backend}")
         lines += [f"declined: {name}: {reason}" for name, reason in self.declined.items()]
+        lines.append(f"fusion: step {self.fusion.step}, convolutions {self.fusion.convolutions}")
         return "\n".join(lines)
 
 
@@ -80,14 +85,15 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         if current:
             forward_choices[current[-1]].append(choice)
         else:
-            backward[choice.function, choice.backend] += 1
+            backward[choice.function, _label(choice)] += 1
 
     plans: dict[str, list[PlanRow]] = {}
+    parents: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_restored(model))
         for name, m in model.named_modules():
             if isinstance(m, Fusible):
-                stack.enter_context(_traced(name, m, current, plans, forward_choices))
+                stack.enter_context(_traced(name, m, current, plans, parents, forward_choices))
         stack.enter_context(listen(note))
         y = model(x)
         outputs = [t for t in _tensors(y) if t.requires_grad]
@@ -95,13 +101,19 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         if outputs and wanted:
             torch.autograd.grad([t.sum() for t in outputs], wanted, allow_unused=True)
     for name, plan in plans.items():
-        backends = {c.function: c.backend for c in forward_choices[name]}
-        backends = {f: backends[f] for f in FUNCTIONS if f in backends}
+        labels: dict[str, dict[str, None]] = {}
+        for c in forward_choices[parents.get(name, name)]:
+            labels.setdefault(c.function, {})[_label(c)] = None
+        backends = {f: " / ".join(labels[f]) for f in FUNCTIONS if f in labels}
         rows += [
             Row(name or type(model).__name__, r.children, r.op, backends, r.reason or "")
             for r in plan
         ]
-    return Explanation(rows, dict(backward), declined)
+    return Explanation(rows, dict(backward), declined, current_fusion())
+
+
+def _label(choice: Choice) -> str:
+    return "+".join((choice.backend, *choice.fused))
 
 
 def _tensors(y: object) -> list[Tensor]:
@@ -117,23 +129,32 @@ def _traced(
     m: Fusible,
     current: list[str],
     plans: dict[str, list[PlanRow]],
+    parents: dict[str, str],
     choices: dict[str, list[Choice]],
 ) -> Iterator[None]:
     """Note m's plan at its first call, and which module is running. No hook: those unfuse."""
     forward = m.forward
     overridden = "forward" in m.__dict__
 
-    def traced(*args, **kwargs):
+    def note(op: str | None = None) -> None:
         if name not in plans:
             plan = getattr(m, "plan", None)
-            plans[name] = plan() if plan is not None else []
+            rows = plan() if plan is not None else []
+            plans[name] = rows if op is None else [r._replace(op=op) for r in rows]
             choices[name] = []
+            if op is not None and current:
+                parents[name] = current[-1]
+
+    def traced(*args, **kwargs):
+        note()
         current.append(name)
         try:
             return forward(*args, **kwargs)
         finally:
             current.pop()
 
+    if not overridden:
+        traced.note = note  # type: ignore[attr-defined]  # for who calls the module's op itself
     m.__dict__["forward"] = traced
     try:
         yield

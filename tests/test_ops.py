@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -132,6 +133,54 @@ def test_residual_block_norm_gradients():
     _check_both_orders(f, tuple(v for n in norms for v in n[:2]))
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("memory_efficient", [True, False])
+@pytest.mark.parametrize("pack_masks", [True, False])
+def test_residual_blocks_gradients(monkeypatch, training, memory_efficient, pack_masks):
+    """Three blocks as one op, a strided projection among them."""
+    module = sys.modules["resfast.ops.residual_block"]  # its function has its name
+    monkeypatch.setattr(module, "chains", lambda x: pack_masks)
+    norms = [_norm(2, training) for _ in range(7)]
+    weights = [_leaf(2, 2, 3, 3) for _ in range(6)]
+    leaves = (_leaf(2, 2, 4, 5), *weights, _leaf(2, 2, 1, 1))
+
+    def f(x, *w):
+        convs = [ConvParams(v, None, padding=(1, 1)) for v in w[:6]]
+        convs[2] = convs[2]._replace(stride=(2, 2))
+        shortcut = {"shortcut_conv": ConvParams(w[6], None, (2, 2)), "shortcut_norm": norms[6]}
+        blocks = [
+            fused.BlockParams(convs[2 * i : 2 * i + 2], norms[2 * i : 2 * i + 2]) for i in range(3)
+        ]
+        blocks[1] = blocks[1]._replace(**shortcut)
+        return fused.residual_blocks(x, blocks, memory_efficient=memory_efficient)
+
+    _check_both_orders(f, leaves)
+
+
+@pytest.mark.parametrize("needed", ["x", "first", "last", "gamma"])
+def test_residual_blocks_stop_where_no_gradient_is_needed(needed):
+    """Every subset of gradients is what the whole set has."""
+    torch.manual_seed(1)
+    norms = [_norm(2, True) for _ in range(4)]
+    weights = [_leaf(2, 2, 3, 3) for _ in range(4)]
+    x = _leaf(2, 2, 4, 5)
+
+    def run(*leaves):
+        for t in (x, *weights, *(n.weight for n in norms)):
+            t.requires_grad_(any(t is leaf for leaf in leaves))
+        convs = [ConvParams(v, None, padding=(1, 1)) for v in weights]
+        blocks = [fused.BlockParams(convs[i : i + 2], norms[i : i + 2]) for i in (0, 2)]
+        y = fused.residual_blocks(x, blocks)
+        return torch.autograd.grad(
+            (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum(), leaves
+        )
+
+    every = (x, *weights, *(n.weight for n in norms))
+    wanted = {"x": x, "first": weights[0], "last": weights[3], "gamma": norms[1].weight}[needed]
+    index = next(i for i, t in enumerate(every) if t is wanted)
+    torch.testing.assert_close(run(wanted)[0], run(*every)[index])
+
+
 def test_only_the_gradients_asked_for_are_computed():
     norm = _norm(3)
     x, w = torch.randn(2, 3, 4, 4, dtype=torch.float64), _leaf(3, 3, 1, 1)
@@ -171,14 +220,15 @@ class TestOpcheck:
         opcheck(raw.bn_act_max_pool.default, (z, *_vectors(n), 3, 2, 1, training, 1e-5))
 
     @pytest.mark.parametrize("projection", [True, False])
-    def test_residual_block(self, training, projection):
+    @pytest.mark.parametrize(("c", "pack_masks"), [(3, False), (3, True), (8, True)])
+    def test_residual_block(self, training, projection, c, pack_masks):
         k = 2 + projection
-        n = [_norm(3, training, torch.float32) for _ in range(k)]
-        w = [_leaf(3, 3, 3, 3, dtype=torch.float32) for _ in range(k)]
+        n = [_norm(c, training, torch.float32) for _ in range(k)]
+        w = [_leaf(c, c, 3, 3, dtype=torch.float32) for _ in range(k)]
         vectors = [[m[i] for m in n] for i in range(4)]
         geometry = [1, 1, 1, 1, 1, 1, 1] * k
-        x = _leaf(2, 3, 4, 4, dtype=torch.float32)
-        options = (geometry, [1e-5] * k, [training] * k, projection, False)
+        x = _leaf(2, c, 4, 4, dtype=torch.float32)
+        options = (geometry, [1e-5] * k, [training] * k, [2], [projection], False, pack_masks)
         opcheck(raw.residual_block.default, (x, None, w, *vectors, *options))
 
 
@@ -587,6 +637,8 @@ def test_bad_block():
         fused.residual_block(x, [conv._replace(stride=(2, 2)), conv], [norm] * 2)
     with pytest.raises(ValueError, match="go together"):
         fused.residual_block(x, [conv] * 2, [norm] * 2, shortcut_conv=conv)
+    with pytest.raises(ValueError, match="at least one block"):
+        fused.residual_blocks(x, [])
 
 
 @pytest.mark.parametrize("name", ["cpu", "eager"])
@@ -602,8 +654,9 @@ def test_bad_gradient_to_the_backward_ops(dy, name):
     geometry = ((1, 1), (0, 0), (1, 1), 1)
     norm = (v, v, v, v)
     index = torch.zeros(2, 4, 4, 4, dtype=torch.uint8)
-    lists = ([w, w], [v, v], [v, v], [z, z], [v, v], [v, v], [1, 1, 0, 0, 1, 1, 1] * 2)
-    options = ([1e-5] * 2, [True] * 2, False, False, [True, False, True, True])
+    lists = ([w, w], [v, v], [v, v], [], [], [z, z], [v, v], [v, v], [1, 1, 0, 0, 1, 1, 1] * 2)
+    need = [True, False, True, True, True, True]
+    options = ([1e-5] * 2, [True] * 2, [2], [False], False, need)
     conv_options = (*geometry, True, 1e-5, True, False, [True, True, False, False])
     calls = [
         lambda: raw.bn_act_backward(dy, z, None, *norm, True, 1e-5, True, False, False),

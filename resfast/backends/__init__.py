@@ -1,10 +1,11 @@
 """Backends: implementations of the seven functions, and the choice among them."""
 
+from resfast.backends.fusion import fusion
 from resfast.backends.packed import clear_packed_weights
 from resfast.backends.scratch import clear_scratch
 from resfast.backends.select import available, backend, names
 
-__all__ = ["available", "backend", "clear_caches", "names"]
+__all__ = ["available", "backend", "clear_caches", "fusion", "names"]
 
 
 def clear_caches() -> None:

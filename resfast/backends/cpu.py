@@ -14,6 +14,7 @@ from resfast.backends.interface import (
     acc_dtype,
     empty_nhwc,
     nhwc,
+    pack_mask,
 )
 from resfast.backends.packed import (
     PackedConvolution,
@@ -100,7 +101,9 @@ class CpuBackend(Backend):
         packed = recall_convolution(x, weight, bias, g, norm, residual)
         return None if packed is None else _run_packed(packed, x, residual, relu, add_after_act)
 
-    def epilogue_declines(self, x: Tensor, weight: Tensor, residual: Tensor | None) -> str | None:
+    def epilogue_declines(
+        self, x: Tensor, weight: Tensor, g: ConvGeometry, residual: Tensor | None
+    ) -> str | None:
         return packing_declines(x, weight, residual)
 
     def norm_stats(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,6 +121,7 @@ class CpuBackend(Backend):
         relu: bool,
         add_after_act: bool,
         out: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         z = nhwc(z)
         out = empty_nhwc(z.shape, z) if out is None else out
@@ -130,6 +134,8 @@ class CpuBackend(Backend):
             add_after_act,
             out,
         )
+        if mask is not None:
+            mask.copy_(pack_mask(out))
         return out
 
     def norm_backward_reduce(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfast.backends.interface import Affine, Backend, acc_dtype, nhwc
+from resfast.backends.interface import Affine, Backend, acc_dtype, nhwc, pack_mask
 
 
 def _channel(v: Tensor) -> Tensor:
@@ -50,6 +50,7 @@ class EagerBackend(Backend):
         relu: bool,
         add_after_act: bool,
         out: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         u = _normalise(z, affine)
         if residual is not None:
@@ -57,7 +58,10 @@ class EagerBackend(Backend):
             u = F.relu(u) + r if relu and add_after_act else u + r
         if relu and not (add_after_act and residual is not None):
             u = F.relu(u)
-        return nhwc(u.to(z.dtype)) if out is None else out.copy_(u)
+        y = nhwc(u.to(z.dtype)) if out is None else out.copy_(u)
+        if mask is not None:
+            mask.copy_(pack_mask(y))
+        return y
 
     def norm_backward_reduce(
         self,

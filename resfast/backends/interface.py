@@ -6,6 +6,7 @@ per-channel vectors are of the accumulation dtype: float32, or float64 for float
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,34 @@ class NormVectors(NamedTuple):
         return make_affine(mean, var, self.weight, self.bias, self.eps)[0]
 
 
+class NormGradient(NamedTuple):
+    """dz that is not stored: scale·du + coef_z·(z − mean) + coef_1, rounded to du's dtype.
+
+    du and z ``[N, K, P, Q]``, vectors ``[K]``; a coefficient that is None is 0.
+    """
+
+    du: Tensor
+    z: Tensor
+    mean: Tensor
+    scale: Tensor
+    coef_z: Tensor | None
+    coef_1: Tensor | None
+
+
+class Below(NamedTuple):
+    """The norm and ReLU that made a convolution's input, for its input gradient's epilogue.
+
+    z is what the norm read. mask: one bit a value, uint8 ``[N·H·W, C/8]``, else the ReLU's mask is
+    recomputed. z2, mean2: a second norm joined at the same place, a projection's.
+    """
+
+    z: Tensor
+    affine: Affine
+    mask: Tensor | None
+    z2: Tensor | None = None
+    mean2: Tensor | None = None
+
+
 def make_affine(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Affine, Tensor]:
@@ -67,6 +96,22 @@ def make_affine(
     scale = rstd if weight is None else weight.to(rstd.dtype) * rstd
     beta = torch.zeros_like(rstd) if bias is None else bias.to(rstd.dtype)
     return Affine(mean, scale, beta.contiguous()), rstd
+
+
+def mask_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Of the bit mask of a tensor ``[N, C, H, W]``; no bytes where C is not a multiple of 8."""
+    n, c, h, w = shape
+    return (n * h * w, c // 8) if c % 8 == 0 else (0, 0)
+
+
+def pack_mask(y: Tensor) -> Tensor:
+    """y > 0 (or NaN) as a bit mask: bit i of byte j of a row is channel 8·j + i."""
+    rows, columns = mask_shape(y.shape)
+    if rows == 0:
+        return y.new_empty(rows, columns, dtype=torch.uint8)
+    bits = torch.where(y <= 0, 0, 1).permute(0, 2, 3, 1).reshape(rows, columns, 8)
+    weights = 1 << torch.arange(8, device=y.device)
+    return (bits * weights).sum(2).to(torch.uint8)
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -100,6 +145,8 @@ class Backend:
     """
 
     name: str
+    # whether a block's end runs as norm_join_reduce and norm_join_apply
+    joins = False
 
     def unavailable_reason(self) -> str | None:
         """Why this backend cannot run on this machine at all, or None."""
@@ -108,6 +155,10 @@ class Backend:
     def declines(self, function: str, z: Tensor) -> str | None:
         """Why this backend does not take ``function`` for a tensor like ``z``, or None."""
         raise NotImplementedError
+
+    def emulates(self, z: Tensor) -> bool:
+        """Whether it would run far slower here than on the device it is for."""
+        return False
 
     # ---- convolutions
 
@@ -150,7 +201,9 @@ class Backend:
         """
         return None
 
-    def epilogue_declines(self, x: Tensor, weight: Tensor, residual: Tensor | None) -> str | None:
+    def epilogue_declines(
+        self, x: Tensor, weight: Tensor, g: ConvGeometry, residual: Tensor | None
+    ) -> str | None:
         """Why ``conv_fprop_affine`` does not take these, or None."""
         return "its convolution is the library's, without such an epilogue"
 
@@ -162,7 +215,81 @@ class Backend:
         """dweight, of ``weight``'s shape, from dz and the convolution's input x."""
         return _convolution_backward(dz, x, weight, g, (False, True))[1]
 
+    # ---- convolutions with the norms around them fused in
+
+    def fusing_declines(
+        self, function: str, x: Tensor, weight: Tensor, g: ConvGeometry
+    ) -> str | None:
+        """Why ``conv_*_fused`` does not take this convolution, or None."""
+        return "its convolution is the library's, without the norms around it"
+
+    def conv_fprop_fused(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        g: ConvGeometry,
+        prologue: Affine | None,
+        statistics: bool,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """(z, (mean, M2) of z if asked for); the input is relu(affine(x)) with a prologue."""
+        raise NotImplementedError
+
+    def conv_dgrad_fused(
+        self,
+        dz: Tensor | NormGradient,
+        weight: Tensor,
+        shape: tuple[int, int, int, int],
+        g: ConvGeometry,
+        residual: Tensor | None,
+        residual_stride: tuple[int, int],
+        below: Below | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(dx + residual, None), or with ``below`` (du, sums ``[S, C]``): masked by its ReLU.
+
+        The residual belongs to every residual_stride-th pixel. Sums: Σdu, Σdu·(z − mean), and with
+        a second norm Σdu·(z2 − mean2).
+        """
+        raise NotImplementedError
+
+    def conv_wgrad_fused(
+        self,
+        dz: Tensor | NormGradient,
+        x: Tensor,
+        weight: Tensor,
+        g: ConvGeometry,
+        prologue: Affine | None,
+    ) -> Tensor:
+        """dweight; the convolution's input is relu(affine(x)) with a prologue."""
+        raise NotImplementedError
+
     # ---- normalisation
+
+    def norm_prepare(
+        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Affine, Tensor]:
+        """(affine, rstd), see ``make_affine``."""
+        return make_affine(mean, var, weight, bias, eps)
+
+    def norm_coefficients(
+        self, scale: Tensor, rstd: Tensor, sum_du: Tensor, sum_du_centred: Tensor, n: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(Σdu·x̂, coef_z, coef_1) of n values a channel, from Σdu and Σdu·(z − mean)."""
+        sum_du_xhat = rstd * sum_du_centred
+        scale = scale / max(1, n)
+        return sum_du_xhat, -(scale * rstd * sum_du_xhat), -(scale * sum_du)
+
+    def norm_join_reduce(
+        self, dy: Tensor, dy2: Tensor | None, y: Tensor, end: Below, du: Tensor
+    ) -> Tensor:
+        """Writes du = (dy + dy2) behind the ReLU at a block's end, of output y; sums ``[S, C]``."""
+        raise NotImplementedError
+
+    def norm_join_apply(
+        self, gradient: NormGradient, dz: Tensor, second: NormGradient | None, dz2: Tensor | None
+    ) -> None:
+        """Writes dz, and dz2 of a second norm with the same du."""
+        raise NotImplementedError
 
     def norm_stats(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, M2) per channel over N, H, W; M2 = Σ(z − mean)²."""
@@ -177,8 +304,12 @@ class Backend:
         relu: bool,
         add_after_act: bool,
         out: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """y = act(u + r), or act(u) + r; r is the residual, or its affine. ``out`` may be z."""
+        """y = act(u + r), or act(u) + r; r is the residual, or its affine. ``out`` may be z.
+
+        ``mask`` receives y's bit mask, see ``pack_mask``.
+        """
         raise NotImplementedError
 
     def norm_backward_reduce(

@@ -13,9 +13,10 @@ from torch import Tensor
 from resfast.backends.cpu import CpuBackend
 from resfast.backends.eager import EagerBackend
 from resfast.backends.interface import Backend
+from resfast.backends.triton import TritonBackend
 
 # in order of preference; the last one takes everything
-_BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), EagerBackend())}
+_BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), TritonBackend(), EagerBackend())}
 _forced: str | None = None
 
 
@@ -28,6 +29,7 @@ class Choice:
     shape: tuple[int, ...]
     dtype: str
     declined: dict[str, str] = field(default_factory=dict)
+    fused: tuple[str, ...] = ()  # what else the same kernel does
 
 
 _listeners: list[Callable[[Choice], None]] = []
@@ -59,7 +61,10 @@ def _check_name(name: str) -> str:
 
 
 def _reason_against(candidate: Backend, function: str, z: Tensor) -> str | None:
-    return candidate.unavailable_reason() or candidate.declines(function, z)
+    reason = candidate.unavailable_reason() or candidate.declines(function, z)
+    if reason is None and not _forced and candidate.emulates(z):
+        return "it would be emulated: only where it is forced"
+    return reason
 
 
 def select(function: str, z: Tensor, declined: dict[str, str] | None = None) -> Backend:
@@ -70,18 +75,44 @@ def select(function: str, z: Tensor, declined: dict[str, str] | None = None) -> 
     Raises:
         RuntimeError: a backend is forced and declines; it never falls back silently.
     """
-    declined = dict(declined or {})
+    candidate, reasons = find(function, z)
+    if _listeners:
+        report(function, candidate, z, {**(declined or {}), **reasons})
+    return candidate
+
+
+def report(
+    function: str,
+    chosen: Backend,
+    z: Tensor,
+    declined: dict[str, str] | None = None,
+    fused: tuple[str, ...] = (),
+) -> None:
+    """Tell the listeners what runs ``function`` on ``z``."""
+    for listener in _listeners:
+        listener(Choice(function, chosen.name, tuple(z.shape), str(z.dtype), declined or {}, fused))
+
+
+def find(function: str, z: Tensor) -> tuple[Backend, dict[str, str]]:
+    """``select`` without a report: the backend, and why the ones before it do not."""
+    declined: dict[str, str] = {}
     for name in (_forced,) if _forced else _BACKENDS:
         candidate = _BACKENDS[name]
         reason = _reason_against(candidate, function, z)
         if reason is None:
-            for listener in _listeners:
-                listener(Choice(function, name, tuple(z.shape), str(z.dtype), declined))
-            return candidate
+            return candidate, declined
         declined[name] = reason
     raise RuntimeError(
         f"backend {_forced!r} is forced but does not run {function}: {declined[_forced or '']}"
     )
+
+
+def chains(z: Tensor) -> bool:
+    """Whether blocks in a row are worth one op: where kernels fuse across their borders.
+
+    Told from the device alone, so that a compiler can trace it: a choice of layout, not of results.
+    """
+    return _forced == "triton" if _forced else z.device.type == "cuda"
 
 
 @contextlib.contextmanager

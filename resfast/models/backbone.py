@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from resfast.nn.blocks import NormLayer, _off, layer_row
+from resfast.nn.blocks import NormLayer, _off, layer_row, run_stages
 from resfast.nn.fuse import (
     Fusible,
     PlanRow,
@@ -144,13 +144,13 @@ class Backbone(Fusible):
         x = self.stem(as_input(x))
         stages = []
         for name in STAGES:
-            x = getattr(self, name)(x)
+            x = run_stages([getattr(self, name)], x)
             stages.append(x)
         return stages
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map, ``[N, num_features, H / reduction, W / reduction]``."""
-        return self.forward_stages(x)[-1]
+        return run_stages([getattr(self, name) for name in STAGES], self.stem(as_input(x)))
 
     def forward_head(self, x: Tensor) -> Tensor:
         """Average pool and classifier: ``[N, num_features, H, W]`` → ``[N, num_classes]``."""

@@ -89,6 +89,9 @@ class PreActResNet(Backbone):
         stages[-1] = run_bn_act(self.bn2, stages[-1], relu=self.relu, fused=self.fused)
         return stages
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.forward_stages(x)[-1]
+
     def plan(self) -> list[PlanRow]:
         reason = _off(self) or norm_reason(self.bn2)
         return [*super().plan(), PlanRow(("bn2",), "unfused" if reason else "bn_act", reason)]

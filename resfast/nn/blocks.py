@@ -8,7 +8,7 @@ children's names, so state dicts, initialisers and module surgery carry over. A 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from resfast.backends.select import chains
 from resfast.nn.fuse import (
     Fusible,
     PlanRow,
@@ -33,7 +34,7 @@ from resfast.nn.fuse import (
     unfused_reason,
 )
 from resfast.nn.layers import BlurPool2d, DropPath, SqueezeExcite
-from resfast.ops import residual_block
+from resfast.ops import BlockParams, residual_block, residual_blocks
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -193,22 +194,40 @@ class ResidualBlock(Block):
     def _forward(self, x: Tensor) -> Tensor:
         if traced(x) or self._block_reason() is not None:
             return self._forward_layers(x)
-        children: dict[str, Any] = self._modules
-        convs = [conv_params(children[conv]) for conv, _ in self.layer_names]
-        norms = [norm_params(children[bn]) for _, bn in self.layer_names]
-        shortcut = self.downsample
-        if shortcut is None:
-            return residual_block(x, convs, norms, memory_efficient=self.memory_efficient)
-        pool, conv, bn = _split_shortcut(shortcut)
+        convs, norms, shortcut_conv, shortcut_norm = self._params()
+        pool = None if self.downsample is None else _split_shortcut(self.downsample)[0]
         return residual_block(
             x,
             convs,
             norms,
-            shortcut_conv=conv_params(conv),
-            shortcut_norm=norm_params(bn),
+            shortcut_conv=shortcut_conv,
+            shortcut_norm=shortcut_norm,
             shortcut_input=None if pool is None else pool(x),
             memory_efficient=self.memory_efficient,
         )
+
+    def _params(self) -> BlockParams:
+        """Of a block that ``_block_reason`` accepts."""
+        children: dict[str, Any] = self._modules
+        convs = [conv_params(children[conv]) for conv, _ in self.layer_names]
+        norms = [norm_params(children[bn]) for _, bn in self.layer_names]
+        if self.downsample is None:
+            return BlockParams(convs, norms)
+        _, conv, bn = _split_shortcut(self.downsample)
+        return BlockParams(convs, norms, conv_params(conv), norm_params(bn))
+
+    def _chain_reason(self) -> str | None:
+        """Why this block cannot be one of several in a ``residual_blocks`` op now, or None."""
+        if type(self)._forward is not ResidualBlock._forward:
+            return f"{type(self).__name__} has a forward of its own"
+        if self.checkpoint and torch.is_grad_enabled():
+            return "the block is checkpointed"
+        reason = None if _explains(self) else _hook_reason(self)
+        reason = reason or self._block_reason()
+        if reason is None and self.downsample is not None:
+            pool, _, _ = _split_shortcut(self.downsample)
+            reason = None if pool is None else "a pool in the shortcut"
+        return reason
 
     def _forward_layers(self, x: Tensor) -> Tensor:
         y = x
@@ -283,6 +302,53 @@ class ResidualBlock(Block):
             else:
                 rows.append(PlanRow(tuple(children or ["downsample"]), "unfused", reason))
         return rows
+
+
+def _explains(m: nn.Module) -> Callable[[str], None] | None:
+    """``explain``'s stand-in for a module's forward only watches: how to tell it of a call."""
+    return getattr(m.__dict__.get("forward"), "note", None)
+
+
+def run_stages(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """The stages in turn; blocks in a row as one op where the kernels fuse across their borders.
+
+    With torch.distributed in use a row ends with its stage, so that gradients are exchanged while
+    backward goes on.
+    """
+    if not chains(x) or traced(x) or _global_hook_reason() is not None:
+        for stage in stages:
+            x = stage(x)
+        return x
+    split = torch.distributed.is_available() and torch.distributed.is_initialized()
+    row: list[ResidualBlock] = []
+
+    def flush(x: Tensor) -> Tensor:
+        if not row:
+            return x
+        for block in row:
+            note = _explains(block)
+            if note is not None:
+                note("residual_blocks" if len(row) > 1 else "residual_block")
+        params = [block._params() for block in row]
+        memory_efficient = row[0].memory_efficient
+        row.clear()
+        return residual_blocks(x, params, memory_efficient=memory_efficient)
+
+    for stage in stages:
+        if plain_reason(stage, nn.Sequential) is not None:
+            x = stage(flush(x))
+            continue
+        for block in stage._modules.values():
+            assert block is not None
+            if not isinstance(block, ResidualBlock) or block._chain_reason() is not None:
+                x = block(flush(x))
+                continue
+            if row and row[0].memory_efficient != block.memory_efficient:
+                x = flush(x)
+            row.append(block)
+        if split:
+            x = flush(x)
+    return flush(x)
 
 
 def _block_layer_reason(conv: nn.Module, bn: nn.Module) -> str | None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from resfast.backends.interface import ConvGeometry, NormVectors, empty_nhwc
 from resfast.backends.select import select
+from resfast.ops import convolution as C
 from resfast.ops import norm as N
 from resfast.ops import reference
 from resfast.ops.bn_act import recomputed_mask
@@ -51,10 +52,11 @@ def _kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_activation(x)
     g = _geometry(stride, padding, dilation, groups)
-    z = select("conv_fprop", x).conv_fprop(x, weight, conv_bias, g)
+    z, stats = C.fprop(C.Activation(x), weight, conv_bias, g, training)
     check_norm(z, gamma, beta, running_mean, running_var, training, eps)
     check_residual(residual, z)
-    stats = N.statistics(z, running_mean, running_var, training)
+    if stats is None:
+        stats = N.statistics(z, running_mean, running_var, training)
     norm = N.prepare(stats, gamma, beta, eps)
     y = N.apply(z, norm, residual, None, relu, add_after_act)
     return y, z, *stats
@@ -133,9 +135,9 @@ def _backward_kernel(
     nothing = absent(z)
     dx = dw = db = nothing
     if need_x:
-        dx = select("conv_dgrad", x).conv_dgrad(g.dz, x, weight, geometry)
+        dx = C.dgrad(g.dz, x, weight, geometry).dx
     if need_weight:
-        dw = select("conv_wgrad", x).conv_wgrad(g.dz, x, weight, geometry)
+        dw = C.wgrad(g.dz, C.Activation(x), weight, geometry)
     if need_bias and conv_bias is not None:
         # batch statistics subtract the bias again: its gradient is exactly zero
         db = (
@@ -305,7 +307,7 @@ def _inference_kernel(
     z = output_like(x, weight, conv_bias, g)
     check_norm(z, gamma, beta, running_mean, running_var, False, eps)
     check_residual(residual, z)
-    reason = backend.epilogue_declines(x, weight, residual)
+    reason = backend.epilogue_declines(x, weight, g, residual)
     if reason is None:
         return backend.conv_fprop_affine(
             x, weight, conv_bias, g, norm, residual, relu, add_after_act

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resfast.backends.interface import Affine, acc_dtype, empty_nhwc, make_affine
-from resfast.backends.select import select
+from resfast.backends.interface import Affine, acc_dtype, empty_nhwc
+from resfast.backends.select import find, select
 
 
 class Statistics(NamedTuple):
@@ -56,7 +56,8 @@ def fake_statistics(z: Tensor) -> Statistics:
 
 def prepare(stats: Statistics, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Norm:
     """scale = gamma·rstd, rstd = 1/√(var + eps)."""
-    return Norm(*make_affine(stats.mean, stats.var, gamma, beta, eps))
+    backend, _ = find("norm_apply", stats.mean)
+    return Norm(*backend.norm_prepare(stats.mean, stats.var, gamma, beta, eps))
 
 
 def apply(
@@ -67,11 +68,12 @@ def apply(
     relu: bool = True,
     add_after_act: bool = False,
     out: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """act(norm(z) + r) or act(norm(z)) + r."""
+    """act(norm(z) + r) or act(norm(z)) + r; ``mask`` receives the output's bit mask."""
     residual_affine = residual_norm.affine if residual_norm else None
     return select("norm_apply", z).norm_apply(
-        z, norm.affine, residual, residual_affine, relu, add_after_act, out
+        z, norm.affine, residual, residual_affine, relu, add_after_act, out, mask
     )
 
 
