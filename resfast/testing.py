@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resfast.ops as fused_ops
-from resfast.ops import ConvParams, NormParams, reference
+from resfast.ops import BlockParams, ConvParams, NormParams, reference
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -69,11 +69,16 @@ def _stock_residual_block(x, convs, norms, **options):
     return block_by_layers(stock_ops, x, convs, norms, **options)
 
 
+def _stock_residual_blocks(x, blocks, **options):
+    return blocks_one_by_one(stock_ops, x, blocks, **options)
+
+
 stock_ops = SimpleNamespace(
     bn_act=_stock_bn_act,
     conv_bn_act=_stock_conv_bn_act,
     bn_act_max_pool=_stock_bn_act_max_pool,
     residual_block=_stock_residual_block,
+    residual_blocks=_stock_residual_blocks,
 )
 
 
@@ -197,6 +202,10 @@ class _Recording:
         return y
 
 
+    def residual_blocks(self, x, blocks, **options):
+        return blocks_one_by_one(self, x, blocks, **options)
+
+
 class _Reference:
     """reference.py along given branches, with the running statistics it leaves to its caller."""
 
@@ -235,6 +244,9 @@ class _Reference:
     def residual_block(self, x, convs, norms, **options):
         return block_by_layers(self, x, convs, norms, **options)
 
+    def residual_blocks(self, x, blocks, **options):
+        return blocks_one_by_one(self, x, blocks, **options)
+
 
 def block_by_layers(
     ops,
@@ -255,6 +267,14 @@ def block_by_layers(
     if shortcut_conv is not None:
         shortcut = ops.conv_bn_act(shortcut, shortcut_conv, shortcut_norm, relu=False)
     return ops.conv_bn_act(a, convs[-1], norms[-1], shortcut)
+
+
+def blocks_one_by_one(ops, x, blocks, **options):
+    """Residual blocks in a row as calls of residual_block."""
+    for convs, norms, shortcut_conv, shortcut_norm in blocks:
+        shortcut = {"shortcut_conv": shortcut_conv, "shortcut_norm": shortcut_norm}
+        x = ops.residual_block(x, convs, norms, **shortcut, **options)
+    return x
 
 
 def _untracked(norm: NormParams) -> NormParams:
@@ -370,6 +390,45 @@ def block_case(
     return OpCase(name, shapes, norms, call, training)
 
 
+def chain_case(
+    name: str, shape: Shape, blocks: Sequence[Sequence[Shape]], training: bool, **options
+) -> OpCase:
+    """residual_blocks on x of `shape`; a block that changes the channels strides and projects."""
+    shapes = {"x": shape}
+    norms: dict[str, int] = {}
+    c = shape[1]
+    projections = []
+    for b, weights in enumerate(blocks):
+        shapes |= {f"w{b}_{i}": w for i, w in enumerate(weights)}
+        norms |= {f"{b}_{i}": w[0] for i, w in enumerate(weights)}
+        last = weights[-1][0]
+        projections.append(last != c)
+        if projections[-1]:
+            shapes[f"w{b}_d"] = (last, c, 1, 1)
+            norms[f"{b}_d"] = last
+        c = last
+
+    def call(ops, t, n):
+        params = []
+        for b, weights in enumerate(blocks):
+            strided = next((i for i, w in enumerate(weights) if w[2] == 3), 0)
+            convs = []
+            for i, w in enumerate(weights):
+                stride = 2 if projections[b] and i == strided else 1
+                pad = (w[2] // 2, w[3] // 2)
+                convs.append(ConvParams(t[f"w{b}_{i}"], None, (stride, stride), pad))
+            block = BlockParams(convs, [n[f"{b}_{i}"] for i in range(len(weights))])
+            if projections[b]:
+                block = block._replace(
+                    shortcut_conv=ConvParams(t[f"w{b}_d"], None, (2, 2)),
+                    shortcut_norm=n[f"{b}_d"],
+                )
+            params.append(block)
+        return ops.residual_blocks(t["x"], params, **options)
+
+    return OpCase(name, shapes, norms, call, training)
+
+
 def basic_weights(c: int, planes: int) -> list[Shape]:
     return [(planes, c, 3, 3), (planes, planes, 3, 3)]
 
@@ -409,6 +468,12 @@ def op_cases(training: bool) -> list[OpCase]:
         block("bottleneck", bottleneck_weights(c, 64, c)),
         block("bottleneck_projection", wide, **projection),
         block("bottleneck_memory_efficient", wide, **projection, memory_efficient=True),
+        chain_case(
+            "bottlenecks",
+            shape,
+            [bottleneck_weights(i, 32, o) for i, o in ((c, c), (c, 128), (128, 128))],
+            training,
+        ),
     ]
 
 

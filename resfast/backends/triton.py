@@ -71,9 +71,10 @@ class TritonBackend(Backend):
     joins = True
 
     def unavailable_reason(self) -> str | None:
-        if not interpreted() and not torch.cuda.is_available():
-            return "no CUDA device"
-        return _missing()
+        reason = _missing()
+        if reason is None and not interpreted() and not torch.cuda.is_available():
+            return None if _kernels().counting() else "no CUDA device"
+        return reason
 
     def declines(self, function: str, z: Tensor) -> str | None:
         kind = z.device.type

@@ -12,6 +12,10 @@ from torch import Tensor
 LIBRARY = torch.library.Library("resfast", "FRAGMENT")
 
 
+# each op's kernel, for who runs an op's schedule without a device (diagnostics/traffic.py)
+KERNELS: dict[Any, Callable] = {}
+
+
 class FusedOp:
     """An op ``resfast::<name>`` whose kernel picks a backend below the op boundary.
 
@@ -25,6 +29,7 @@ class FusedOp:
         LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"resfast::{name}", fake, lib=LIBRARY)
         self.op = getattr(torch.ops.resfast, name).default
+        KERNELS[self.op] = kernel
 
     def __call__(self, *args: Any) -> Any:
         return self.op(*args)
