@@ -1,16 +1,20 @@
-"""What Triton's interpreter gets wrong for bfloat16, put right; loaded only where it is in use.
+"""What Triton's interpreter gets wrong, put right; loaded only where it is in use.
 
 Triton 3.6 under TRITON_INTERPRET=1 truncates float32 to bfloat16, where every GPU rounds to
-nearest even, and multiplies the bit patterns of bfloat16 matrices as integers.
+nearest even, multiplies the bit patterns of bfloat16 matrices as integers, and counts loops by
+arrays of one element, which NumPy 2.4 no longer takes for numbers. Functions called by kernels are
+sped up several times besides.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
 
 
 def _widened(bits: Any) -> Any:
@@ -25,10 +29,10 @@ def _rounded(values: Any) -> Any:
     return np.where(np.isnan(values), np.uint16(0x7FC0), nearest)
 
 
-def correct_bfloat16() -> None:
-    """Replace the interpreter's conversions to and from bfloat16 and its product of matrices."""
+def correct() -> None:
+    """Replace conversions to and from bfloat16, the product of matrices and loops' counters."""
     builder: Any = interpreter.InterpreterBuilder
-    if getattr(builder, "resfast_bfloat16", False):
+    if getattr(builder, "corrected_by_resfast", False):
         return
     cast, dot = builder.cast_impl, builder.create_dot
 
@@ -56,4 +60,29 @@ def correct_bfloat16() -> None:
     builder.create_dot = create_dot
     for name in ("create_fp_ext", "create_fp_trunc"):
         through(name)
-    builder.resfast_bfloat16 = True
+    builder.corrected_by_resfast = True
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    @functools.cache
+    def language_modules(fn: Any) -> list[Any]:
+        return [m for m in fn.__globals__.values() if m is tl or m is tl.core]
+
+    call = interpreter.InterpretedFunction.__call__
+
+    def device_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        modules = language_modules(self.fn)
+        if any(tl.core.is_builtin(m.full) for m in modules):
+            return call(self, *args, **kwargs)  # patches the modules first
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise InterpreterError(repr(error)) from error
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+    # the original patches triton.language at every call
+    interpreter.InterpretedFunction.__call__ = device_call

@@ -14,9 +14,9 @@ from torch import Tensor
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 if INTERPRETED:
-    from resfast.kernels.interpreter import correct_bfloat16
+    from resfast.kernels.interpreter import correct
 
-    correct_bfloat16()
+    correct()
 
 
 @dataclass(frozen=True)

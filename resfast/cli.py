@@ -1,4 +1,4 @@
-"""The command line, `resfast train | predict | bench | info | check`: a function a command."""
+"""The command line, `resfast train | predict | bench | …`: a function a command."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ EXAMPLES = {
   resfast train                          train on real handwritten digits, about a minute
   resfast predict runs/NAME              classify the images it never saw
   resfast bench                          compare speed with what people use instead
+  resfast tune                           measure the Triton kernels' tiles on this GPU
+  resfast traffic                        bytes of memory a training step moves
   resfast info                           what is built and what runs here
   resfast check                          compare numerics with stock PyTorch""",
     "train": """examples:
@@ -38,6 +40,12 @@ Ctrl-C saves a checkpoint first. Exit status: 0 done, 1 failed, 2 bad options, 1
   resfast bench --batch 16 --peers eager-nhwc,openvino --plot out.png
   resfast bench --report bench/results/*/*.json --plot speed.svg
 Peers that cannot run here are listed with the reason. Above 1×, resfast is faster.""",
+    "tune": """examples:
+  resfast tune --model resnet50 --batch 256 --train --dtype bfloat16
+Results go to ~/.cache/resfast and are used from then on; training also measures what is new.""",
+    "traffic": """examples:
+  resfast traffic --model resnet50 --batch 256 --step c0 --convolutions own
+Counted on any machine with Triton, with or without a GPU.""",
     "info": "examples:\n  resfast info\n  resfast info --json",
     "check": """examples:
   resfast check --quick
@@ -122,6 +130,20 @@ def build_parser() -> Parser:
     bench = _command(commands, "bench", "race a model against what people use instead", _bench)
     _add_bench_options(bench)
 
+    tune = _command(commands, "tune", "measure the Triton kernels' tiles on this GPU", _tune)
+    _add_work_options(tune)
+    _add_step_option(tune, action="append", shown="the one in force")
+
+    traffic = _command(commands, "traffic", "bytes of memory a training step moves", _traffic)
+    traffic.add_argument("--model", default="resnet50", help="default: resnet50")
+    traffic.add_argument("--batch", type=_positive, default=256, help="default: 256")
+    traffic.add_argument("--image", type=_positive, default=224, help="default: 224")
+    traffic.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
+    _add_step_option(traffic, shown="the one in force")
+    traffic.add_argument(
+        "--convolutions", choices=("auto", "own", "library"), help="default: the choice in force"
+    )
+
     info = _command(commands, "info", "what is built, what runs here, and why not", _info)
     info.add_argument("--json", action="store_true", help="machine-readable output")
 
@@ -140,7 +162,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def _add_bench_options(parser: Parser) -> None:
+def _add_work_options(parser: Parser) -> None:
     parser.add_argument("--model", default="resnet18", help="see resfast info (default: resnet18)")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--train", action="store_true", help="forward, loss and backward of a batch")
@@ -151,6 +173,18 @@ def _add_bench_options(parser: Parser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument("--device", default="auto", help="as in train (default: auto)")
+
+
+def _add_step_option(parser: Parser, shown: str, **options: Any) -> None:
+    from resfast.backends.fusion import STEPS
+
+    parser.add_argument(
+        "--step", choices=STEPS, help=f"how far norms are fused (default: {shown})", **options
+    )
+
+
+def _add_bench_options(parser: Parser) -> None:
+    _add_work_options(parser)
     parser.add_argument("--threads", type=_positive, help="CPU threads (default: PyTorch's)")
     parser.add_argument(
         "--peers", default="default", help="all, default, or names with commas (default: default)"
@@ -248,16 +282,13 @@ def _predict(arguments: argparse.Namespace) -> int:
     )
 
 
-def _bench(arguments: argparse.Namespace) -> int:
-    from resfast.benchmark import command
+def _work(arguments: argparse.Namespace) -> Any:
     from resfast.benchmark.work import Work
     from resfast.models import list_models
     from resfast.training.config import check_model, resolve_device
 
-    if arguments.report is not None:
-        return command.draw(arguments.report, arguments.plot)
     check_model(arguments.model, list_models())
-    work = Work(
+    return Work(
         arguments.model,
         arguments.batch,
         arguments.train,
@@ -265,6 +296,37 @@ def _bench(arguments: argparse.Namespace) -> int:
         arguments.dtype,
         str(resolve_device(arguments.device)),
     )
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from resfast.backends.fusion import current_fusion
+    from resfast.benchmark.tune import tune
+
+    return tune(_work(arguments), arguments.step or [current_fusion().step])
+
+
+def _traffic(arguments: argparse.Namespace) -> int:
+    import resfast
+    from resfast.diagnostics import numerics, traffic
+    from resfast.models import list_models
+    from resfast.training.config import check_model
+
+    check_model(arguments.model, list_models())
+    shape = (arguments.batch, 3, arguments.image, arguments.image)
+    with resfast.fusion(arguments.step, arguments.convolutions):
+        ledger = traffic.training_traffic(
+            resfast.create_model(arguments.model), shape, numerics.DTYPES[arguments.dtype]
+        )
+        print(traffic.summary(ledger, arguments.batch))
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from resfast.benchmark import command
+
+    if arguments.report is not None:
+        return command.draw(arguments.report, arguments.plot)
+    work = _work(arguments)
     return command.bench(
         work,
         arguments.peers,

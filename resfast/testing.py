@@ -65,6 +65,10 @@ def _stock_bn_act_max_pool(x, norm):
     return F.max_pool2d(_stock_bn_act(x, norm), 3, 2, 1)
 
 
+def _stock_conv_bn_act_max_pool(x, conv, norm):
+    return _stock_bn_act_max_pool(reference.conv(x, conv), norm)
+
+
 def _stock_residual_block(x, convs, norms, **options):
     return block_by_layers(stock_ops, x, convs, norms, **options)
 
@@ -77,6 +81,7 @@ stock_ops = SimpleNamespace(
     bn_act=_stock_bn_act,
     conv_bn_act=_stock_conv_bn_act,
     bn_act_max_pool=_stock_bn_act_max_pool,
+    conv_bn_act_max_pool=_stock_conv_bn_act_max_pool,
     residual_block=_stock_residual_block,
     residual_blocks=_stock_residual_blocks,
 )
@@ -169,9 +174,10 @@ class OpCase:
 class _Recording:
     """An implementation's ops, layer by layer, noting which branch each ReLU and max-pool takes."""
 
-    def __init__(self, ops: Any, pool_index: Callable) -> None:
+    def __init__(self, ops: Any, pool_index: Callable, conv_pool_index: Callable) -> None:
         self.ops = ops
         self.pool_index = pool_index
+        self.conv_pool_index = conv_pool_index
         self.branches: list[Tensor] = []
 
     def bn_act(self, x, norm, residual=None, *, relu=True, add_after_act=False):
@@ -194,13 +200,18 @@ class _Recording:
         self.branches.append(self.pool_index(x, norm))
         return self.ops.bn_act_max_pool(x, norm)
 
+    def conv_bn_act_max_pool(self, x, conv, norm):
+        norm = _untracked(norm)
+        self.branches.append(reference.positive(self.ops.conv_bn_act(x, conv, norm)))
+        self.branches.append(self.conv_pool_index(x, conv, norm))
+        return self.ops.conv_bn_act_max_pool(x, conv, norm)
+
     def residual_block(self, x, convs, norms, **options):
         block_by_layers(self, x, convs, norms, **options)
         # the block itself joins a projection without rounding it first
         y = self.ops.residual_block(x, convs, norms, **options)
         self.branches[-1] = reference.positive(y)
         return y
-
 
     def residual_blocks(self, x, blocks, **options):
         return blocks_one_by_one(self, x, blocks, **options)
@@ -240,6 +251,9 @@ class _Reference:
             y = a.flatten(2).gather(2, index.flatten(2)).view(index.shape)
         self._track(norm, x)
         return y
+
+    def conv_bn_act_max_pool(self, x, conv, norm):
+        return self.bn_act_max_pool(reference.conv(x, conv), norm)
 
     def residual_block(self, x, convs, norms, **options):
         return block_by_layers(self, x, convs, norms, **options)
@@ -287,13 +301,29 @@ def _stock_pool_index(x: Tensor, norm: NormParams) -> Tensor:
     return F.max_pool2d(stock_ops.bn_act(x, norm), 3, 2, 1, return_indices=True)[1]
 
 
+def _stock_conv_pool_index(x: Tensor, conv: ConvParams, norm: NormParams) -> Tensor:
+    return _stock_pool_index(reference.conv(x, conv), norm)
+
+
 def _fused_pool_index(x: Tensor, norm: NormParams) -> Tensor:
     _, within, _, _ = torch.ops.resfast.bn_act_max_pool(
         x, *norm[:4], 3, 2, 1, norm.training, norm.eps
     )
-    p = torch.arange(within.shape[2], device=x.device).view(-1, 1) * 2 - 1
-    q = torch.arange(within.shape[3], device=x.device) * 2 - 1
-    return (within.long() // 3 + p) * x.shape[3] + within.long() % 3 + q
+    return _in_plane(within, x.shape[3])
+
+
+def _fused_conv_pool_index(x: Tensor, conv: ConvParams, norm: NormParams) -> Tensor:
+    _, z, within, _, _ = torch.ops.resfast.conv_bn_act_max_pool(
+        x, conv.weight, *norm[:4], *conv.geometry, (3, 2, 1), norm.training, norm.eps
+    )
+    return _in_plane(within, z.shape[3])
+
+
+def _in_plane(within: Tensor, width: int) -> Tensor:
+    """Positions in planes of that width, of positions in windows of side 3, stride 2."""
+    p = torch.arange(within.shape[2], device=within.device).view(-1, 1) * 2 - 1
+    q = torch.arange(within.shape[3], device=within.device) * 2 - 1
+    return (within.long() // 3 + p) * width + within.long() % 3 + q
 
 
 Shape = tuple[int, ...]
@@ -318,6 +348,20 @@ def max_pool_case(name: str, shape: Shape, training: bool) -> OpCase:
         {"x": shape},
         {"1": shape[1]},
         lambda ops, t, n: ops.bn_act_max_pool(t["x"], n["1"]),
+        training,
+    )
+
+
+def stem_case(name: str, shape: Shape, weight: Shape, training: bool) -> OpCase:
+    """conv_bn_act_max_pool on x of `shape`, its convolution of stride 2 padded to "same"."""
+    pad = (weight[2] // 2, weight[3] // 2)
+    return OpCase(
+        name,
+        {"x": shape, "w": weight},
+        {"1": weight[0]},
+        lambda ops, t, n: ops.conv_bn_act_max_pool(
+            t["x"], ConvParams(t["w"], None, (2, 2), pad), n["1"]
+        ),
         training,
     )
 
@@ -459,6 +503,7 @@ def op_cases(training: bool) -> list[OpCase]:
         bn("bn_add_relu", residual=True),
         bn("bn_relu_add", residual=True, add_after_act=True),
         max_pool_case("bn_relu_max_pool", shape, training),
+        stem_case("stem", (2, 3, 22, 20), (64, 3, 7, 7), training),
         conv("conv3x3_bn_relu", (64, c, 3, 3)),
         conv("conv3x3s2_bn_add_relu", (64, c, 3, 3), residual=True, stride=2),
         conv("conv1x1_bn_relu_add", (64, c, 1, 1), residual=True, add_after_act=True, bias=True),
@@ -573,16 +618,17 @@ def compare(
     shape = plain["y"].shape
     dy = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1)).to(device, dtype)
 
-    def run(ops: Any, pool_index: Callable, layout: str) -> tuple[Tensors, Tensors]:
-        recording = _Recording(ops, pool_index)
+    def run(ops: Any, pool_indices: Sequence[Callable], layout: str) -> tuple[Tensors, Tensors]:
+        recording = _Recording(ops, *pool_indices)
         case.run(recording, tensors, None, layout)
         branches = [b if b.dtype == torch.int64 else b.double() for b in recording.branches]
         ref = case.run(_Reference(branches), exact, dy.double(), "nchw")
         return case.run(ops, tensors, dy, layout), ref | plain
 
-    got, ref = run(fused_ops, _fused_pool_index, layout)
+    got, ref = run(fused_ops, (_fused_pool_index, _fused_conv_pool_index), layout)
     assert set(got) == set(ref), f"{sorted(got)} against {sorted(ref)}"
-    stock = [run(stock_ops, _stock_pool_index, stock_layout) for stock_layout in LAYOUTS]
+    stock_indices = (_stock_pool_index, _stock_conv_pool_index)
+    stock = [run(stock_ops, stock_indices, stock_layout) for stock_layout in LAYOUTS]
     if not case.training:
         # without autograd an op takes its inference form
         with torch.no_grad():

@@ -88,6 +88,17 @@ def test_bn_act_max_pool_gradients(training, window):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_conv_bn_act_max_pool_gradients(training):
+    norm = _norm(2, training)
+
+    def f(x, w, gamma, beta):
+        n = norm._replace(weight=gamma, bias=beta)
+        return fused.conv_bn_act_max_pool(x, ConvParams(w, None, (1, 2), (1, 1)), n)
+
+    _check_both_orders(f, (_leaf(2, 3, 5, 8), _leaf(2, 3, 3, 3), norm.weight, norm.bias))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("length", [2, 3])
 @pytest.mark.parametrize("projection", [True, False])
 @pytest.mark.parametrize("separate", [True, False])
@@ -218,6 +229,15 @@ class TestOpcheck:
     def test_bn_act_max_pool(self, training):
         n, z = _norm(3, training, torch.float32), _leaf(2, 3, 5, 4, dtype=torch.float32)
         opcheck(raw.bn_act_max_pool.default, (z, *_vectors(n), 3, 2, 1, training, 1e-5))
+
+    def test_conv_bn_act_max_pool(self, training):
+        n, x = _norm(4, training, torch.float32), _leaf(2, 3, 9, 8, dtype=torch.float32)
+        w = _leaf(4, 3, 3, 3, dtype=torch.float32)
+        geometry = ((2, 2), (1, 1), (1, 1), 1)
+        opcheck(
+            raw.conv_bn_act_max_pool.default,
+            (x, w, *_vectors(n), *geometry, (3, 2, 1), training, 1e-5),
+        )
 
     @pytest.mark.parametrize("projection", [True, False])
     @pytest.mark.parametrize(("c", "pack_masks"), [(3, False), (3, True), (8, True)])
@@ -637,6 +657,8 @@ def test_bad_block():
         fused.residual_block(x, [conv._replace(stride=(2, 2)), conv], [norm] * 2)
     with pytest.raises(ValueError, match="go together"):
         fused.residual_block(x, [conv] * 2, [norm] * 2, shortcut_conv=conv)
+    with pytest.raises(ValueError, match="without bias"):
+        fused.conv_bn_act_max_pool(x, conv._replace(bias=torch.zeros(4)), norm)
     with pytest.raises(ValueError, match="at least one block"):
         fused.residual_blocks(x, [])
 
@@ -662,6 +684,9 @@ def test_bad_gradient_to_the_backward_ops(dy, name):
         lambda: raw.bn_act_backward(dy, z, None, *norm, True, 1e-5, True, False, False),
         lambda: raw.conv_bn_act_backward(dy, z, w, None, z, None, *norm, *conv_options),
         lambda: raw.bn_act_max_pool_backward(dy, z, index, *norm, 3, 1, 1, True, 1e-5),
+        lambda: raw.conv_bn_act_max_pool_backward(
+            dy, z, w, z, index, *norm, *geometry, (3, 1, 1), True, 1e-5, [True, True]
+        ),
         lambda: raw.residual_block_backward(dy, z, None, z, *lists, *options),
     ]
     for call in calls:

@@ -343,6 +343,40 @@ class Backend:
         """
         raise NotImplementedError
 
+    # ---- both passes of a norm at once, where a channel's values fit on chip
+
+    def reads_once(self, z: Tensor) -> bool:
+        """Whether ``norm_forward`` and ``norm_backward`` take z, in one read of it."""
+        return False
+
+    def norm_forward(
+        self,
+        z: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor | None,
+        relu: bool,
+        add_after_act: bool,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(y, mean, var): norm_stats and norm_apply."""
+        raise NotImplementedError
+
+    def norm_backward(
+        self,
+        dy: Tensor,
+        z: Tensor,
+        affine: Affine,
+        rstd: Tensor,
+        y: Tensor | None,
+        relu: bool,
+        activation: Tensor | None,
+        du: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dz, Σdu, Σdu·x̂) in training: norm_backward_reduce and norm_backward_apply."""
+        raise NotImplementedError
+
     # ---- the stem's max-pool, on top of the norm
 
     def norm_apply_max_pool(

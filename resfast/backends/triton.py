@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from resfast.backends import tuning
 from resfast.backends.fusion import current_fusion
 from resfast.backends.interface import (
     Affine,
@@ -18,11 +20,14 @@ from resfast.backends.interface import (
     ConvGeometry,
     NormGradient,
     NormVectors,
+    empty_nhwc,
     nhwc,
 )
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)
+# tiles worth measuring for one size, of those the cost model puts first
+_CANDIDATES = 6
 
 
 def interpreted() -> bool:
@@ -35,7 +40,15 @@ def _kernels() -> Any:
     """The kernels' modules, loaded at first use: importing resfast needs no Triton."""
     from types import SimpleNamespace
 
-    from resfast.kernels import conv_dgrad, conv_fprop, conv_wgrad, launch, norm, norm_pool
+    from resfast.kernels import (
+        conv_dgrad,
+        conv_fprop,
+        conv_wgrad,
+        launch,
+        norm,
+        norm_pool,
+        tiles,
+    )
 
     return SimpleNamespace(
         norm=norm,
@@ -44,6 +57,7 @@ def _kernels() -> Any:
         conv_dgrad=conv_dgrad.conv_dgrad,
         conv_wgrad=conv_wgrad.conv_wgrad,
         counting=launch.counting,
+        tiles=tiles,
     )
 
 
@@ -106,8 +120,13 @@ class TritonBackend(Backend):
             return "the library's convolutions were asked for"
         if weight.dtype != x.dtype:
             return f"input {x.dtype}, weight {weight.dtype}"
-        if choice == "auto" and tuple(weight.shape[2:]) != (1, 1):
+        if choice == "own":
+            return None
+        measured = tuning.known_engine(_key(function, x, weight, g), x.device)
+        if measured is None and tuple(weight.shape[2:]) != (1, 1):
             return "only 1×1 convolutions are expected to be faster than the library's"
+        if measured is False:
+            return "the library's was measured to be faster"
         return None
 
     def conv_fprop(self, x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
@@ -136,15 +155,24 @@ class TritonBackend(Backend):
         statistics: bool,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         kernels = _kernels()
-        z, tiles = kernels.conv_fprop(
-            nhwc(x),
-            nhwc(weight),
-            bias,
-            g,
-            prologue=prologue,
-            stats=statistics,
-            precision=_precision(x),
-        )
+        x, weight = nhwc(x), nhwc(weight)
+
+        def run(tile: Any) -> Any:
+            return kernels.conv_fprop(
+                x,
+                weight,
+                bias,
+                g,
+                prologue=prologue,
+                stats=statistics,
+                precision=_precision(x),
+                tile=tile,
+            )
+
+        def library() -> Tensor:
+            return Backend.conv_fprop(self, x, weight, bias, g)
+
+        z, tiles = _fastest("conv_fprop", x, weight, g, (prologue, statistics), run, library)
         return z, None if tiles is None else kernels.norm.merge_stats(tiles)
 
     def conv_dgrad_fused(
@@ -158,16 +186,29 @@ class TritonBackend(Backend):
         below: Below | None,
     ) -> tuple[Tensor, Tensor | None]:
         kernels = _kernels()
-        dx, tiles = kernels.conv_dgrad(
-            _dense(dz),
-            nhwc(weight),
-            shape,
-            g,
-            residual=None if residual is None else nhwc(residual),
-            residual_stride=residual_stride,
-            below=below,
-            precision=_precision(weight),
-        )
+        dz, weight = _dense(dz), nhwc(weight)
+        residual = None if residual is None else nhwc(residual)
+
+        def run(tile: Any) -> Any:
+            return kernels.conv_dgrad(
+                dz,
+                weight,
+                shape,
+                g,
+                residual=residual,
+                residual_stride=residual_stride,
+                below=below,
+                precision=_precision(weight),
+                tile=tile,
+            )
+
+        du = dz.du if isinstance(dz, NormGradient) else dz
+
+        def library() -> Tensor:
+            return Backend.conv_dgrad(self, du, empty_nhwc(shape, du), weight, g)
+
+        variant = (isinstance(dz, NormGradient), residual, below)
+        dx, tiles = _fastest("conv_dgrad", du, weight, g, variant, run, library)
         return dx, None if tiles is None else kernels.norm.merge_sums(tiles)
 
     def conv_wgrad_fused(
@@ -178,14 +219,26 @@ class TritonBackend(Backend):
         g: ConvGeometry,
         prologue: Affine | None,
     ) -> Tensor:
-        dw = _kernels().conv_wgrad(
-            _dense(dz),
-            nhwc(x),
-            tuple(weight.shape),
-            g,
-            prologue=prologue,
-            precision=_precision(weight),
-        )
+        dz, x = _dense(dz), nhwc(x)
+
+        def run(tile: Any) -> Tensor:
+            return _kernels().conv_wgrad(
+                dz,
+                x,
+                tuple(weight.shape),
+                g,
+                prologue=prologue,
+                precision=_precision(weight),
+                tile=tile,
+            )
+
+        du = dz.du if isinstance(dz, NormGradient) else dz
+
+        def library() -> Tensor:
+            return Backend.conv_wgrad(self, du, x, weight, g)
+
+        variant = (isinstance(dz, NormGradient), prologue)
+        dw = _fastest("conv_wgrad", du, weight, g, variant, run, library)
         return _laid_out_as(dw, weight)
 
     def conv_fprop_affine(
@@ -200,18 +253,28 @@ class TritonBackend(Backend):
         add_after_act: bool,
     ) -> Tensor:
         affine, _ = self.norm_prepare(norm.mean, norm.var, norm.weight, norm.bias, norm.eps)
-        y, _ = _kernels().conv_fprop(
-            nhwc(x),
-            nhwc(weight),
-            bias,
-            g,
-            norm=affine,
-            residual=None if residual is None else nhwc(residual),
-            relu=relu,
-            add_after_act=add_after_act,
-            precision=_precision(x),
-        )
-        return y
+        x, weight = nhwc(x), nhwc(weight)
+        residual = None if residual is None else nhwc(residual)
+
+        def run(tile: Any) -> Tensor:
+            return _kernels().conv_fprop(
+                x,
+                weight,
+                bias,
+                g,
+                norm=affine,
+                residual=residual,
+                relu=relu,
+                add_after_act=add_after_act,
+                precision=_precision(x),
+                tile=tile,
+            )[0]
+
+        def library() -> Tensor:
+            return Backend.conv_fprop(self, x, weight, bias, g)
+
+        variant = (None, False, "norm", residual)
+        return _fastest("conv_fprop", x, weight, g, variant, run, library)
 
     def epilogue_declines(
         self, x: Tensor, weight: Tensor, g: ConvGeometry, residual: Tensor | None
@@ -334,6 +397,53 @@ class TritonBackend(Backend):
             du=du,
         )
 
+    def reads_once(self, z: Tensor) -> bool:
+        return _kernels().norm.persistent_fits(z)
+
+    def norm_forward(
+        self,
+        z: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor | None,
+        relu: bool,
+        add_after_act: bool,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _kernels().norm.norm_forward_persistent(
+            nhwc(z),
+            weight,
+            bias,
+            eps,
+            residual=None if residual is None else nhwc(residual),
+            relu=relu,
+            add_after_act=add_after_act,
+            mask=mask,
+        )
+
+    def norm_backward(
+        self,
+        dy: Tensor,
+        z: Tensor,
+        affine: Affine,
+        rstd: Tensor,
+        y: Tensor | None,
+        relu: bool,
+        activation: Tensor | None,
+        du: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _kernels().norm.norm_backward_persistent(
+            nhwc(dy),
+            nhwc(z),
+            affine,
+            rstd,
+            y=None if y is None else nhwc(y),
+            relu=relu,
+            activation=activation,
+            du=du,
+        )
+
     def norm_apply_max_pool(
         self, z: Tensor, affine: Affine, kernel: int, stride: int, padding: int
     ) -> tuple[Tensor, Tensor]:
@@ -372,6 +482,47 @@ class TritonBackend(Backend):
         return _kernels().norm_pool.norm_max_pool_backward_apply(
             nhwc(dy), nhwc(z), affine, index, kernel, stride, padding, coef_z, coef_1
         )
+
+
+def _key(function: str, t: Tensor, weight: Tensor, g: ConvGeometry) -> str:
+    """A convolution's size, as measurements are kept by; t is x, or dz for a gradient."""
+    shape = "x".join(map(str, t.shape))
+    filters = "x".join(map(str, weight.shape))
+    numbers = ",".join(str(v) for pair in g[:3] for v in pair)
+    return f"{function} {str(t.dtype).removeprefix('torch.')} {shape} {filters} {numbers}"
+
+
+def _fastest(
+    function: str,
+    t: Tensor,
+    weight: Tensor,
+    g: ConvGeometry,
+    variant: tuple[Any, ...],
+    run: Callable[[Any], Any],
+    library: Callable[[], Tensor],
+) -> Any:
+    """``run`` with the tile measured or expected to be the fastest; ``variant``: what is fused."""
+    tiles = _kernels().tiles
+    key = _key(function, t, weight, g)
+    sizes = _product(function, t, weight, g)
+    shipped = tiles.CONV_TILES[function]
+    likely = tiles.ranked(shipped, *sizes, t.element_size(), tiles.chip(t.device))[:_CANDIDATES]
+    marks = "".join("0" if v is None or v is False else "1" for v in variant)
+    tile = tuning.choose(f"{key} {marks}", likely, run, t.device)
+    tuning.compare_engines(key, lambda: run(tile), library, t.device)
+    return run(tile)
+
+
+def _product(function: str, t: Tensor, weight: Tensor, g: ConvGeometry) -> tuple[int, int, int]:
+    """Rows, columns and length of the implicit matrix product, but for what padding changes."""
+    k, c, r, s = weight.shape
+    pixels = t.shape[0] * t.shape[2] * t.shape[3]
+    stride = g.stride[0] * g.stride[1]
+    if function == "conv_fprop":
+        return pixels // stride, k, c * r * s
+    if function == "conv_dgrad":
+        return pixels * stride, c, -(-k * r * s // stride)
+    return k, c * r * s, pixels
 
 
 def _dense(dz: Tensor | NormGradient) -> Tensor | NormGradient:

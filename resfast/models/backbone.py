@@ -11,6 +11,8 @@ from resfast.nn.blocks import NormLayer, _off, layer_row, run_stages
 from resfast.nn.fuse import (
     Fusible,
     PlanRow,
+    conv_params,
+    conv_reason,
     norm_params,
     norm_reason,
     plain_reason,
@@ -18,7 +20,7 @@ from resfast.nn.fuse import (
     traced,
 )
 from resfast.nn.layers import BlurPool2d
-from resfast.ops import bn_act_max_pool
+from resfast.ops import bn_act_max_pool, conv_bn_act_max_pool
 
 STEMS = ("imagenet", "cifar", "deep")
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -116,13 +118,11 @@ class Backbone(Fusible):
             conv = conv[6]
         if fused and self._pool_reason() is None:
             pool: Any = self.maxpool  # a plain nn.MaxPool2d
-            return bn_act_max_pool(
-                conv(x),
-                norm_params(self.bn1),
-                kernel_size=pool.kernel_size,
-                stride=pool.stride,
-                padding=pool.padding,
-            )
+            window = {name: getattr(pool, name) for name in ("kernel_size", "stride", "padding")}
+            norm = norm_params(self.bn1)
+            if _stem_conv_reason(conv) is not None:
+                return bn_act_max_pool(conv(x), norm, **window)
+            return conv_bn_act_max_pool(x, conv_params(conv), norm, **window)
         return self.maxpool(run_conv_bn_act(conv, self.bn1, x, relu=self.relu, fused=fused))
 
     def plan(self) -> list[PlanRow]:
@@ -132,8 +132,10 @@ class Backbone(Fusible):
             rows = [layer_row(self, f"conv1.{i}", f"conv1.{i + 1}") for i in (0, 3)]
             conv = "conv1.6"
         reason = _off(self) or self._pool_reason()
-        if reason is None:  # the convolution itself is the library's
-            return [*rows, PlanRow((conv, "bn1", "relu", "maxpool"), "bn_act_max_pool", None)]
+        if reason is None:
+            why = _stem_conv_reason(self.get_submodule(conv))
+            op = "bn_act_max_pool" if why else "conv_bn_act_max_pool"
+            return [*rows, PlanRow((conv, "bn1", "relu", "maxpool"), op, why)]
         rows.append(layer_row(self, conv, "bn1", reason))
         if type(self.maxpool) is not nn.Identity:
             rows.append(PlanRow(("maxpool",), "unfused", reason))
@@ -160,6 +162,12 @@ class Backbone(Fusible):
         if self.features_only:
             return self.forward_stages(x)
         return self.forward_head(self.forward_features(x))
+
+
+def _stem_conv_reason(conv: nn.Module) -> str | None:
+    """Why the stem's convolution runs beside its norm, ReLU and max-pool, or None."""
+    reason = conv_reason(conv)
+    return "a convolution with bias" if reason is None and conv.bias is not None else reason
 
 
 def as_input(x: Tensor) -> Tensor:

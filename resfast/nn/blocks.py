@@ -315,7 +315,7 @@ def run_stages(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
     With torch.distributed in use a row ends with its stage, so that gradients are exchanged while
     backward goes on.
     """
-    if not chains(x) or traced(x) or _global_hook_reason() is not None:
+    if traced(x) or not chains(x) or _global_hook_reason() is not None:
         for stage in stages:
             x = stage(x)
         return x

@@ -37,9 +37,9 @@ def _kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(z, gamma, beta, running_mean, running_var, residual, training, eps)
     z = nhwc(z)
-    stats = N.statistics(z, running_mean, running_var, training)
-    norm = N.prepare(stats, gamma, beta, eps)
-    y = N.apply(z, norm, residual, None, relu, add_after_act)
+    y, stats = N.forward(
+        z, gamma, beta, running_mean, running_var, residual, training, eps, relu, add_after_act
+    )
     return y, *stats
 
 

@@ -6,6 +6,8 @@ stock modules keep, never exist.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,16 @@ from resfast.ops.registry import FusedOp, absent, double_backward, present
 from resfast.ops.running_stats import update_running_stats
 
 
-def _check(
-    z, gamma, beta, running_mean, running_var, kernel_size, stride, padding, training, eps
+def check_pool(
+    z: Tensor,
+    vectors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    window: Sequence[int],
+    training: bool,
+    eps: float,
 ) -> None:
+    """``window``: kernel size, stride and padding; ``vectors``: gamma to the running variance."""
     check_activation(z)
+    kernel_size, stride, padding = window
     if not 0 < kernel_size <= 15:
         raise RuntimeError(f"kernel_size must lie in 1..15, got {kernel_size}")
     if stride < 1:
@@ -32,15 +40,42 @@ def _check(
             f"pad should be at most half of effective kernel size, but got pad={padding} "
             f"and kernel_size={kernel_size}"
         )
-    if min(_pooled(z, kernel_size, stride, padding)[2:]) < 1:
+    if min(pooled(z, window)[2:]) < 1:
         raise RuntimeError(f"Output size is too small for input of shape {tuple(z.shape)}")
-    check_norm(z, gamma, beta, running_mean, running_var, training, eps)
+    check_norm(z, *vectors, training, eps)
 
 
-def _pooled(z: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[int, int, int, int]:
+def pooled(z: Tensor, window: Sequence[int]) -> tuple[int, int, int, int]:
+    """Shape of the pooled output."""
+    kernel_size, stride, padding = window
     n, c, h, w = z.shape
     p, q = ((size + 2 * padding - kernel_size) // stride + 1 for size in (h, w))
     return n, c, p, q
+
+
+def apply_pool(z: Tensor, norm: N.Norm, window: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(maxpool(relu(norm(z))), its positions); window: kernel size, stride and padding."""
+    return select("norm_apply", z).norm_apply_max_pool(z, norm.affine, *window)
+
+
+def pool_backward(
+    dy: Tensor, z: Tensor, norm: N.Norm, index: Tensor, window: Sequence[int], training: bool
+) -> N.NormGradients:
+    """dz, dgamma and dbeta from the pooled output's gradient.
+
+    Raises:
+        RuntimeError: dy is not of the pooled output's shape, dtype and device.
+    """
+    check_residual(dy, z.new_empty(1).expand(pooled(z, window)), "dy")
+    sum_du, sum_du_xhat = select("norm_backward_reduce", z).norm_max_pool_backward_reduce(
+        dy, z, norm.affine, norm.rstd, index, *window
+    )
+    coef_z, coef_1 = N.coefficients(norm, sum_du, sum_du_xhat, N.count(z), training)
+    kernel_size, stride, padding = window
+    dz = select("norm_backward_apply", z).norm_max_pool_backward_apply(
+        dy, z, norm.affine, index, kernel_size, stride, padding, coef_z, coef_1
+    )
+    return N.NormGradients(dz, sum_du_xhat, sum_du)
 
 
 # ---- training form
@@ -58,19 +93,19 @@ def _kernel(
     training: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(z, gamma, beta, running_mean, running_var, kernel_size, stride, padding, training, eps)
+    window = (kernel_size, stride, padding)
+    check_pool(z, (gamma, beta, running_mean, running_var), window, training, eps)
     z = nhwc(z)
     stats = N.statistics(z, running_mean, running_var, training)
     norm = N.prepare(stats, gamma, beta, eps)
-    y, index = select("norm_apply", z).norm_apply_max_pool(
-        z, norm.affine, kernel_size, stride, padding
-    )
+    y, index = apply_pool(z, norm, window)
     return y, index, *stats
 
 
 def _fake(z, gamma, beta, running_mean, running_var, kernel_size, stride, padding, training, eps):
-    _check(z, gamma, beta, running_mean, running_var, kernel_size, stride, padding, training, eps)
-    y = empty_nhwc(_pooled(z, kernel_size, stride, padding), z)
+    window = (kernel_size, stride, padding)
+    check_pool(z, (gamma, beta, running_mean, running_var), window, training, eps)
+    y = empty_nhwc(pooled(z, window), z)
     return y, torch.empty_like(y, dtype=torch.uint8), *N.fake_statistics(z)
 
 
@@ -101,21 +136,12 @@ def _backward_kernel(
     training: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pooled = z.new_empty(1).expand(_pooled(z, kernel_size, stride, padding))
-    check_residual(dy, pooled, "dy")
     norm = N.prepare(N.Statistics(mean, var), gamma, beta, eps)
-    window = (kernel_size, stride, padding)
-    sum_du, sum_du_xhat = select("norm_backward_reduce", z).norm_max_pool_backward_reduce(
-        dy, z, norm.affine, norm.rstd, index, *window
-    )
-    coef = N.coefficients(norm, sum_du, sum_du_xhat, N.count(z), training)
-    dz = select("norm_backward_apply", z).norm_max_pool_backward_apply(
-        dy, z, norm.affine, index, *window, *coef
-    )
+    g = pool_backward(dy, z, norm, index, (kernel_size, stride, padding), training)
     return (
-        dz,
-        absent(z) if gamma is None else sum_du_xhat.to(gamma.dtype),
-        absent(z) if beta is None else sum_du.to(beta.dtype),
+        g.dz,
+        absent(z) if gamma is None else g.dgamma.to(gamma.dtype),
+        absent(z) if beta is None else g.dbeta.to(beta.dtype),
     )
 
 

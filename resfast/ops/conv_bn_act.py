@@ -16,7 +16,7 @@ from resfast.ops.params import ConvParams, NormParams
 from resfast.ops.registry import FusedOp, absent, double_backward, needs_grad, present
 from resfast.ops.running_stats import update_running_stats
 
-_GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 
 
 def _geometry(stride, padding, dilation, groups) -> ConvGeometry:
@@ -55,10 +55,19 @@ def _kernel(
     z, stats = C.fprop(C.Activation(x), weight, conv_bias, g, training)
     check_norm(z, gamma, beta, running_mean, running_var, training, eps)
     check_residual(residual, z)
-    if stats is None:
-        stats = N.statistics(z, running_mean, running_var, training)
-    norm = N.prepare(stats, gamma, beta, eps)
-    y = N.apply(z, norm, residual, None, relu, add_after_act)
+    y, stats = N.forward(
+        z,
+        gamma,
+        beta,
+        running_mean,
+        running_var,
+        residual,
+        training,
+        eps,
+        relu,
+        add_after_act,
+        stats,
+    )
     return y, z, *stats
 
 
@@ -91,7 +100,7 @@ _op = FusedOp(
     "conv_bn_act",
     "(Tensor x, Tensor weight, Tensor? conv_bias, Tensor? gamma, Tensor? beta, "
     "Tensor? running_mean, Tensor? running_var, Tensor? residual, "
-    f"{_GEOMETRY}, bool training, float eps, bool relu, bool add_after_act) "
+    f"{GEOMETRY}, bool training, float eps, bool relu, bool add_after_act) "
     "-> (Tensor y, Tensor z, Tensor mean, Tensor var)",
     _kernel,
     _fake,
@@ -190,7 +199,7 @@ def _backward_fake(
 _backward_op = FusedOp(
     "conv_bn_act_backward",
     "(Tensor dy, Tensor x, Tensor weight, Tensor? conv_bias, Tensor z, Tensor? y, Tensor mean, "
-    f"Tensor var, Tensor? gamma, Tensor? beta, {_GEOMETRY}, bool training, float eps, bool relu, "
+    f"Tensor var, Tensor? gamma, Tensor? beta, {GEOMETRY}, bool training, float eps, bool relu, "
     "bool add_after_act, bool[] need) "
     "-> (Tensor dx, Tensor dweight, Tensor dconv_bias, Tensor dgamma, Tensor dbeta, "
     "Tensor dresidual)",
@@ -383,7 +392,7 @@ _inference_op = FusedOp(
     "conv_bn_act_inference",
     "(Tensor x, Tensor weight, Tensor? conv_bias, Tensor? gamma, Tensor? beta, "
     "Tensor running_mean, Tensor running_var, Tensor? residual, "
-    f"{_GEOMETRY}, float eps, bool relu, bool add_after_act) -> Tensor",
+    f"{GEOMETRY}, float eps, bool relu, bool add_after_act) -> Tensor",
     _inference_kernel,
     _inference_fake,
 )

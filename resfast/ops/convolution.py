@@ -20,10 +20,14 @@ FUSIONS = ("prologue", "epilogue", "norm_backward")
 
 
 class Activation(NamedTuple):
-    """A convolution's input: z itself, or relu(norm(z)), which need not be stored."""
+    """A convolution's input: z itself, or relu(norm(z)), which need not be stored.
+
+    ``a``: relu(norm(z)) where it is in memory.
+    """
 
     z: Tensor
     norm: N.Norm | None = None
+    a: Tensor | None = None
 
 
 class Fuses(NamedTuple):
@@ -68,7 +72,9 @@ def _used(
 
 
 def stored(a: Activation) -> Tensor:
-    """The activation in memory; one at a time, it is scratch."""
+    """The activation in memory; one at a time, it may be scratch."""
+    if a.a is not None:
+        return a.a
     return a.z if a.norm is None else N.apply(a.z, a.norm, out=scratch("activation", a.z))
 
 
@@ -76,7 +82,7 @@ def fprop(
     a: Activation, weight: Tensor, bias: Tensor | None, g: ConvGeometry, statistics: bool
 ) -> tuple[Tensor, N.Statistics | None]:
     """z ``[N, K, P, Q]``, and its statistics where they are asked for and cost no extra pass."""
-    wanted = {"prologue": a.norm is not None, "epilogue": statistics}
+    wanted = {"prologue": a.norm is not None and a.a is None, "epilogue": statistics}
     use = _used("conv_fprop", a.z, weight, g, wanted)
     x = a.z if use.prologue else stored(a)
     if not use.own:
@@ -91,7 +97,8 @@ def fprop(
 
 def wgrad(dz: Tensor | NormGradient, a: Activation, weight: Tensor, g: ConvGeometry) -> Tensor:
     """dweight."""
-    wanted = {"prologue": a.norm is not None, "norm_backward": isinstance(dz, NormGradient)}
+    lazy = isinstance(dz, NormGradient)
+    wanted = {"prologue": a.norm is not None and a.a is None, "norm_backward": lazy}
     use = _used("conv_wgrad", _gradient(dz), weight, g, wanted)
     x = a.z if use.prologue else stored(a)
     if use.own:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from resfast.backends.interface import Affine, acc_dtype, empty_nhwc
-from resfast.backends.select import find, select
+from resfast.backends.select import find, report, select
 
 
 class Statistics(NamedTuple):
@@ -77,6 +77,49 @@ def apply(
     )
 
 
+def forward(
+    z: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+    relu: bool,
+    add_after_act: bool,
+    stats: Statistics | None = None,
+) -> tuple[Tensor, Statistics]:
+    """act(norm(z) + r) or act(norm(z)) + r, and the statistics, where they are not known yet."""
+    if stats is None and training and count(z):
+        once = forward_once(z, gamma, beta, residual, eps, relu, add_after_act)
+        if once is not None:
+            return once
+    if stats is None:
+        stats = statistics(z, running_mean, running_var, training)
+    norm = prepare(stats, gamma, beta, eps)
+    return apply(z, norm, residual, None, relu, add_after_act), stats
+
+
+def forward_once(
+    z: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    relu: bool = True,
+    add_after_act: bool = False,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Statistics] | None:
+    """``forward`` by the batch's statistics in one read of z, or None where that does not fit."""
+    backend, declined = find("norm_apply", z)
+    if not backend.reads_once(z):
+        return None
+    report("norm_apply", backend, z, declined, ("norm_stats",))
+    y, mean, var = backend.norm_forward(z, gamma, beta, eps, residual, relu, add_after_act, mask)
+    return y, Statistics(mean, var)
+
+
 class NormGradients(NamedTuple):
     """dz, and dgamma and dbeta ``[C]``."""
 
@@ -110,9 +153,17 @@ def backward(
     """Backward of act(norm(z)[+ r]).
 
     ``y`` is the saved output, needed where the ReLU's mask cannot be read off norm(z) alone:
-    a residual joined before the activation. Written where given: ``dz`` (else a new tensor; dy
-    itself will do if the caller owns it), ``du``, the residual's gradient, and ``activation``.
+    a residual joined before the activation. Written where given: ``dz`` (else, or in one read, a
+    new tensor; dy itself will do if the caller owns it), ``du``, the residual's gradient, and
+    ``activation``.
     """
+    backend, declined = find("norm_backward_apply", z)
+    if training and count(z) and backend.reads_once(z):
+        report("norm_backward_apply", backend, z, declined, ("norm_backward_reduce",))
+        dz, sum_du, sum_du_xhat = backend.norm_backward(
+            dy, z, norm.affine, norm.rstd, y, relu, activation, du
+        )
+        return NormGradients(dz, sum_du_xhat, sum_du)
     sum_du, sum_du_xhat = select("norm_backward_reduce", z).norm_backward_reduce(
         dy, z, norm.affine, norm.rstd, y, relu, activation
     )

@@ -141,18 +141,30 @@ def _kernel(
     zs: list[Tensor] = []
     statistics: list[N.Statistics] = []
 
-    def normalised(layer: _Layer, a: C.Activation) -> C.Activation:
+    def normalised(layer: _Layer, a: C.Activation, above: _Layer | None = None) -> C.Activation:
+        """``above``: the layer that reads the activation, if a convolution does."""
         z, stats = C.fprop(a, layer.weight, None, layer.geometry, layer.training)
         _check_layer(z, layer)
+        once = None
+        if (
+            stats is None
+            and above is not None
+            and layer.training
+            and not C.fuses("conv_fprop", z, above.weight, above.geometry).prologue
+        ):
+            once = N.forward_once(z, layer.gamma, layer.beta, None, layer.eps)
+        y = None
+        if once is not None:
+            y, stats = once
         if stats is None:
             stats = N.statistics(z, layer.mean, layer.var, layer.training)
         statistics.append(stats)
-        return C.Activation(z, layer.prepare(stats))
+        return C.Activation(z, layer.prepare(stats), y)
 
     for block in blocks:
         a = C.Activation(x)
-        for layer in block.chain:
-            a = normalised(layer, a)
+        for layer, above in zip(block.chain, [*block.chain[1:], None], strict=True):
+            a = normalised(layer, a, above)
             zs.append(a.z)
         r = C.Activation(residual)
         if block.shortcut is not None:
@@ -411,7 +423,8 @@ class _Backward:
             return gradient.dx, g
         activation = None
         if a is None and self.need_weights[layer.position]:
-            if C.fuses("conv_wgrad", z, layer.weight, layer.geometry).prologue:
+            du = dz.du if isinstance(dz, NormGradient) else dz
+            if C.fuses("conv_wgrad", du, layer.weight, layer.geometry).prologue:
                 a = C.Activation(z, norm)
             else:
                 activation = scratch("activation", z)
@@ -488,7 +501,7 @@ def _backward_kernel(
         if memory_efficient:
             below_last = chain[last - 1]
             a = C.Activation(z_in[last - 1], run.norm(below_last))
-            if not _takes(a, chain[last], run.need_weights[last]):
+            if not _takes(a, outputs[b], chain[last], run.need_weights[last]):
                 a = C.Activation(C.stored(a))
             z, _ = C.fprop(a, chain[last].weight, None, chain[last].geometry, False)
             zd = None
@@ -575,10 +588,10 @@ def _backward_kernel(
     )
 
 
-def _takes(a: C.Activation, layer: _Layer, need_weight: bool) -> bool:
+def _takes(a: C.Activation, z_like: Tensor, layer: _Layer, need_weight: bool) -> bool:
     """Whether the layer's convolution, and its weight's gradient, normalise their input."""
-    passes = ("conv_fprop", "conv_wgrad") if need_weight else ("conv_fprop",)
-    return all(C.fuses(p, a.z, layer.weight, layer.geometry).prologue for p in passes)
+    passes = [("conv_fprop", a.z)] + [("conv_wgrad", z_like)] * need_weight
+    return all(C.fuses(p, t, layer.weight, layer.geometry).prologue for p, t in passes)
 
 
 def _backward_fake(

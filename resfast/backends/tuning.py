@@ -1,0 +1,239 @@
+"""Tiles measured on this device and remembered: in a file a device, and shipped with the package.
+
+``RESFAST_TUNE``: "first" measures at the first use of a convolution's size (default), "never"
+takes what is remembered or the cost model's choice. ``RESFAST_CACHE_DIR``: where the files are, by
+default ``$XDG_CACHE_HOME/resfast`` or ``~/.cache/resfast``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import statistics
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MODES = ("first", "never")
+FORMAT = 1
+REPETITIONS = 10
+# a candidate this much slower than the best is not measured further
+HOPELESS = 1.5
+
+_lock = threading.RLock()
+
+
+def cache_dir() -> Path:
+    """Where measurements are kept."""
+    given = os.environ.get("RESFAST_CACHE_DIR")
+    if given:
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "resfast"
+
+
+def mode() -> str:
+    """``RESFAST_TUNE``, checked.
+
+    Raises:
+        ValueError: no such mode.
+    """
+    value = os.environ.get("RESFAST_TUNE", "first")
+    if value not in MODES:
+        raise ValueError(f"RESFAST_TUNE must be one of {', '.join(MODES)}, got {value!r}")
+    return value
+
+
+def file_name(device: str) -> str:
+    """Of a device's measurements: ``tiles-nvidia-h100-80gb-hbm3.json``."""
+    return f"tiles-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+
+
+class Tiles:
+    """The remembered tiles of one device: key → tile, as numbers."""
+
+    def __init__(self, device: str, versions: dict[str, str]) -> None:
+        self.device = device
+        self.versions = versions
+        self.path = cache_dir() / file_name(device)
+        shipped = Path(__file__).parent / "shipped" / file_name(device)
+        # shipped tiles hold for whatever version; one's own were measured with these
+        self.known = self._read(shipped, None) | self._read(self.path, versions)
+
+    def _read(self, path: Path, versions: dict[str, str] | None) -> dict[str, list[int]]:
+        try:
+            record = json.loads(path.read_text())
+            if record["format"] != FORMAT or versions not in (None, record["versions"]):
+                return {}
+            tiles = {str(k): [int(n) for n in v] for k, v in record["tiles"].items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            warnings.warn(f"{path} is not read: {type(error).__name__}: {error}", stacklevel=2)
+            return {}
+        return tiles
+
+    def remember(self, key: str, tile: Sequence[int]) -> None:
+        """Keep it, also on disk, where that can be written."""
+        self.known[key] = list(tile)
+        record = {
+            "format": FORMAT,
+            "device": self.device,
+            "versions": self.versions,
+            "tiles": dict(sorted(self.known.items())),
+        }
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+            temporary.replace(self.path)
+        except OSError as error:
+            warnings.warn(f"tiles are not kept: {error}", stacklevel=2)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@functools.cache
+def tiles_of(device: str) -> Tiles:
+    """The process's tiles for devices of this name."""
+    import triton
+
+    return Tiles(device, {"torch": torch.__version__, "triton": triton.__version__})
+
+
+@functools.cache
+def _name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+_retuning = False
+
+
+@contextlib.contextmanager
+def retuning() -> Iterator[None]:
+    """Measure anew whatever is used inside, also what is remembered."""
+    global _retuning
+    before, _retuning = _retuning, True
+    try:
+        yield
+    finally:
+        _retuning = before
+
+
+_measured: set[str] = set()
+
+# Replacing a library's convolution pays from about 74 % of its speed on: the norms' passes beside
+# it are gone.
+WORTH = 0.74
+
+
+def known_engine(key: str, device: torch.device) -> bool | None:
+    """Whether resfast's own kernel was measured to be worth while, None where nothing is known."""
+    if device.type != "cuda":
+        return None
+    found = tiles_of(_name(device.index)).known.get(f"{key} own")
+    return None if found is None else bool(found[0])
+
+
+def compare_engines(
+    key: str, own: Callable[[], Any], library: Callable[[], Any], device: torch.device
+) -> None:
+    """While retuning on CUDA, measure the two once and remember whether ``own`` is worth while."""
+    name = f"{key} own"
+    if not _retuning or device.type != "cuda" or name in _measured:
+        return
+    _measured.add(name)
+    share = time_on_cuda(library, REPETITIONS) / time_on_cuda(own, REPETITIONS)
+    tiles_of(_name(device.index)).remember(name, [int(share >= WORTH)])
+
+
+def choose(
+    key: str,
+    candidates: Sequence[Any],
+    run: Callable[[Any], Any],
+    device: torch.device,
+) -> Any:
+    """The tile for ``key``: remembered, else the fastest of ``candidates``, else the first.
+
+    ``run`` launches the kernel with a candidate. Measures on CUDA only, and never while a graph is
+    captured.
+    """
+    if device.type != "cuda":
+        return candidates[0]
+    name = _name(device.index)
+    tiles = tiles_of(name)
+    kind = type(candidates[0])
+    anew = _retuning and key not in _measured
+    if key in tiles.known and not anew:
+        return kind(*tiles.known[key])
+    if (mode() == "never" and not anew) or torch.cuda.is_current_stream_capturing():
+        return candidates[0]
+    with _lock:
+        if key in tiles.known and not anew:
+            return kind(*tiles.known[key])
+        best = fastest(key, candidates, run, time_on_cuda)
+        tiles.remember(key, best)
+        _measured.add(key)
+    return best
+
+
+def fastest(
+    key: str,
+    candidates: Sequence[Any],
+    run: Callable[[Any], Any],
+    timer: Callable[[Callable[[], Any], int], float],
+) -> Any:
+    """The candidate of least time; one that does not run is left out.
+
+    Raises:
+        RuntimeError: none runs.
+    """
+    times: dict[Any, float] = {}
+    errors = []
+    for i, tile in enumerate(candidates):
+        _progress(f"resfast: measuring {key}: tile {i + 1} of {len(candidates)}")
+
+        def candidate(tile: Any = tile) -> Any:
+            return run(tile)
+
+        try:
+            first = timer(candidate, 2)
+            if times and first > HOPELESS * min(times.values()):
+                continue
+            times[tile] = timer(candidate, REPETITIONS)
+        except Exception as error:  # out of resources: which types those are is the driver's matter
+            errors.append(f"{tuple(tile)}: {type(error).__name__}: {error}".splitlines()[0])
+    _progress("")
+    if not times:
+        raise RuntimeError(f"no tile runs for {key}: {'; '.join(errors)}")
+    return min(times, key=lambda t: times[t])
+
+
+def time_on_cuda(run: Callable[[], Any], repetitions: int) -> float:
+    """Median milliseconds of ``run`` on the current stream, after one run to warm up."""
+    run()
+    samples = []
+    for _ in range(repetitions):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end))
+    return statistics.median(samples)
+
+
+def _progress(text: str) -> None:
+    """One line that replaces itself, where someone looks."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{text}")
+        sys.stderr.flush()
