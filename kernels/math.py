@@ -50,3 +50,10 @@ def chan_merge(mean_a, m2_a, n_a, mean_b, m2_b, n_b):
     share = tl.where(n > 0, n_b / tl.where(n > 0, n, 1.0), 0.0)
     delta = mean_b - mean_a
     return mean_a + delta * share, m2_a + m2_b + delta * delta * n_a * share, n
+
+
+@triton.jit
+def unpack_mask(bits, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """``[ROWS, COLS / 8]`` bytes of ``pack_mask`` as ``[ROWS, COLS]`` bools."""
+    places = tl.arange(0, 8)[None, None, :]
+    return tl.reshape((bits.to(tl.int32)[:, :, None] >> places) & 1, [ROWS, COLS]) != 0

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 import resfast
 from resfast.backends import select
 from resfast.backends.fusion import CONVOLUTIONS, STEPS
+from resfast.diagnostics.traffic import training_traffic
+from resfast.models import ResNet
 from resfast.testing import HALF_DTYPES, judge_seeds, op_cases
 
 pytest.importorskip("triton")
@@ -58,3 +60,113 @@ def test_error_at_every_step(name, step):
 def test_error_beside_the_librarys_convolutions(convolutions):
     with resfast.fusion("c+", convolutions):
         _assert_ok(judge_seeds(CASES[BLOCKS[1]], torch.float32, 8, DEVICE, ("nhwc",)))
+
+
+# ---- what it moves
+
+
+def _megabytes(step, model=None, batch=256):
+    with resfast.fusion(step, "own"):
+        ledger = training_traffic(model or resfast.resnet50(), (batch, 3, 224, 224))
+    return sum(t.reads + t.writes for t in ledger) / batch / 1e6
+
+
+@pytest.mark.parametrize(("step", "limit"), [("b", 345), ("c0", 275), ("c", 262), ("c+", 250)])
+def test_traffic_of_resnet50(step, limit):
+    """Forward and backward in bf16, whole: stem, blocks, head and loss; docs/design.md's table."""
+    assert _megabytes(step) <= limit
+
+
+def test_traffic_of_a_block_is_what_its_schedule_says():
+    """A bottleneck between others of its kind at step c0, in activations of its inner width."""
+    with resfast.fusion("c0", "own"):
+        few, more = (
+            training_traffic(ResNet(resfast.Bottleneck, [1, n, 1, 1]), (64, 3, 224, 224))
+            for n in (3, 4)
+        )
+    moved = sum(t.reads + t.writes for t in more) - sum(t.reads + t.writes for t in few)
+    inner = 64 * 28 * 28 * 128 * 2  # bytes of an inner activation in the second stage; outer: 4
+    forward = (4 + 1) + (1 + 1) + (1 + 1) + (1 + 1) + (1 + 4) + (4 + 4 + 4)
+    # dgrad also reads what its epilogue needs: z below, or the shortcut's gradient, z and the mask
+    dgrads = (4 + 1 + 1) + (1 + 1 + 1) + (1 + 4 + 4 + 4)
+    wgrads = (4 + 1) + (1 + 1) + (1 + 4)
+    applies = (4 + 4 + 4) + (1 + 1 + 1) + (1 + 1 + 1)
+    masks = 2 * 4 / 16
+    expected = (forward + dgrads + wgrads + applies + masks) * inner
+    # weights, their gradients' split sums and the tiles' statistics come on top
+    assert expected <= moved <= 1.05 * expected
+
+
+def test_explain_shows_step_and_what_each_kernel_fuses():
+    model = ResNet(resfast.BasicBlock, [2, 1, 1, 1], stem="cifar", num_classes=3)
+    model = model.to(DEVICE).to(memory_format=torch.channels_last)
+    with resfast.fusion("c", "own"):
+        report = resfast.explain(model, torch.randn(2, 3, 8, 8, device=DEVICE))
+    rows = {r.module: r for r in report.rows}
+    assert rows["layer1.0"].op == "residual_blocks"
+    assert "triton+prologue+epilogue" in rows["layer1.0"].backends["conv_fprop"]
+    assert report.backward["conv_dgrad", "triton+epilogue"] > 0
+    assert report.backward["conv_wgrad", "triton+prologue"] > 0
+    assert "fusion: step c, convolutions own" in str(report)
+
+
+def test_explain_says_why_a_convolution_is_the_librarys():
+    block = resfast.BasicBlock(8, 8).to(DEVICE)
+    report = resfast.explain(block, torch.randn(2, 8, 4, 4, device=DEVICE))
+    assert "1×1" in report.declined["triton convolution"]
+    assert "own" not in report.rows[0].backends["conv_fprop"]
+
+
+# ---- whole models
+
+
+def test_three_training_steps_of_a_tiny_resnet():
+    """Losses and weights against float64, beside stock layers' own error on the same steps."""
+
+    def train(model, dtype):
+        torch.manual_seed(1)
+        images = torch.randn(3, 4, 3, 12, 12, dtype=torch.float64)
+        labels = torch.randint(5, (3, 4))
+        model = model.to(DEVICE, dtype).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        losses = []
+        for x, target in zip(images, labels, strict=True):
+            x = x.to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
+            loss = F.cross_entropy(model(x), target.to(DEVICE))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach().double())
+        state = [t.double().flatten() for t in model.state_dict().values()]
+        return torch.stack(losses), torch.cat(state)
+
+    torch.manual_seed(0)
+    model = ResNet(resfast.Bottleneck, [2, 1, 1, 1], stem="cifar", num_classes=5)
+    exact = train(resfast.unfused(model), torch.float64)
+    stock = train(resfast.unfused(model), torch.float32)
+    with resfast.fusion("c", "own"):
+        ours = train(model, torch.float32)
+    for got, theirs, reference in zip(ours, stock, exact, strict=True):
+        error, allowed = (got - reference).norm(), (theirs - reference).norm()
+        assert error <= 1.5 * allowed + 8 * 2**-24 * reference.norm()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_a_graph_break(training):
+    model = ResNet(resfast.BasicBlock, [1, 1, 1, 1], stem="cifar", num_classes=3)
+    model = model.to(DEVICE).to(memory_format=torch.channels_last).train(training)
+    x = torch.randn(2, 3, 8, 8, device=DEVICE)
+    with resfast.fusion("c", "own"), torch.set_grad_enabled(training):
+        expected = model(x)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
+
+
+def test_cpu_tensors_are_not_emulated_unless_forced():
+    before, select._forced = select._forced, None
+    try:
+        chosen, declined = select.find("norm_stats", torch.zeros(1, 1, 1, 1))
+    finally:
+        select._forced = before
+    assert chosen.name != "triton"
+    assert chosen.name == "cpu" or "emulated" in declined["triton"]
