@@ -55,6 +55,13 @@ WORKS = [
     *(("infer", "resnet18", batch, "float16") for batch in (1, 32, 128)),
 ]
 TUNED_WORKS = [WORKS[0], WORKS[4], WORKS[6]]
+# How far norms are fused into convolutions, and whose convolutions run; "c" and "auto" are what
+# the works above run with.
+FUSIONS = [
+    *((step, "auto") for step in ("b", "c0", "c+")),
+    *((step, "own") for step in ("c0", "c")),
+    ("b", "library"),
+]
 
 # What the machine is, asked of a fresh process: a library that was just built counts.
 FACTS = """
@@ -258,7 +265,9 @@ def test(options: Options) -> list[Job]:
         return Job(name, argv, report, fine=(0, 5))  # 5: there are no such tests
 
     files = QUICK_TESTS[:1] if options.dry_run else QUICK_TESTS
-    return [run("cuda", "-m", "cuda", "tests"), run("quick", "-m", "not cuda", *files)]
+    # without a GPU the tests of Triton kernels take minutes in its interpreter
+    few = ("-k", "not triton") if options.dry_run else ()
+    return [run("cuda", "-m", "cuda", *few, "tests"), run("quick", "-m", "not cuda", *files)]
 
 
 def check(options: Options) -> list[Job]:
@@ -288,6 +297,30 @@ def sanitize(options: Options) -> list[Job]:
     ]
 
 
+def tiles(options: Options) -> list[Job]:
+    """Tiles measured once, kept with the results; the stages after it use them."""
+    if not options.on_gpu:
+        raise NotRun("needs a GPU")
+    if options.resume and list(options.out.glob("tiles-*.json")):
+        raise NotRun("there are tiles already; what they lack is measured at its first use", "ok")
+    return [
+        Job(
+            f"{model}-{dtype}",
+            resfast_cli(
+                *("tune", "--model", model, "--batch", "256", "--train", "--dtype", dtype),
+                *("--device", options.device, "--step", "c0", "--step", "c", "--step", "c+"),
+            ),
+            env=tiles_in(options),
+            needs=min(120, options.timeout / 2),
+        )
+        for model, dtype in (("resnet50", "bfloat16"), ("resnet50", "float16"))
+    ]
+
+
+def tiles_in(options: Options) -> dict[str, str]:
+    return {"RESFAST_CACHE_DIR": str(options.out)}
+
+
 def ops(options: Options) -> list[Job]:
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise NotRun("pytest-benchmark is not installed")
@@ -300,7 +333,8 @@ def ops(options: Options) -> list[Job]:
         argv = pytest_on("bench/test_ops.py", "--benchmark-only", "--device", options.device, *few)
         argv += ["--dtypes", dtype, "--budget", "0.02" if options.dry_run else "0.5"]
         argv += [f"--benchmark-json={options.out / result}"]
-        jobs.append(Job(dtype, argv, result, needs=min(180, options.timeout / 2)))
+        needs = min(180, options.timeout / 2)
+        jobs.append(Job(dtype, argv, result, tiles_in(options), needs=needs))
     return jobs
 
 
@@ -311,7 +345,16 @@ def models(options: Options) -> list[Job]:
             for kind in ("train", "infer")
         ]
     tuned = [race(options, work, TUNED_PEERS, PEER_SECONDS, "-tuned") for work in TUNED_WORKS]
-    return [race(options, work, PEERS, PEER_SECONDS) for work in WORKS] + tuned
+    fused = [
+        race(options, WORKS[0], ("eager-nhwc",), PEER_SECONDS, f"-{step}-{convolutions}")
+        for step, convolutions in FUSIONS
+    ]
+    return (
+        [race(options, work, PEERS, PEER_SECONDS) for work in WORKS[:1]]
+        + fused
+        + [race(options, work, PEERS, PEER_SECONDS) for work in WORKS[1:]]
+        + tuned
+    )
 
 
 def race(
@@ -330,8 +373,12 @@ def race(
     argv += ["--image", str(image), "--dtype", dtype, "--device", options.device]
     argv += ["--peers", ",".join(peers), "--budget", str(budget), "--floor"]
     argv += ["--save", str(options.out / result)]
-    limit = 420 if suffix else 300
-    return Job(name, argv, result, limit=limit, needs=min(limit / 2, options.timeout / 2))
+    env = tiles_in(options)
+    if suffix.startswith("-") and suffix != "-tuned":
+        step, convolutions = suffix[1:].split("-")
+        env |= {"RESFAST_FUSION_STEP": step, "RESFAST_CONVOLUTIONS": convolutions}
+    limit = 420 if suffix == "-tuned" else 300
+    return Job(name, argv, result, env, limit, needs=min(limit / 2, options.timeout / 2))
 
 
 def profile(options: Options) -> list[Job]:
@@ -339,7 +386,7 @@ def profile(options: Options) -> list[Job]:
     argv += ["--out", str(options.out)]
     if options.dry_run:
         argv += ["--model", "resnet18", "--batch", "1", "--image", "64", "--steps", "1"]
-    return [Job("profile", argv, "profile.json")]
+    return [Job("profile", argv, "profile.json", tiles_in(options))]
 
 
 # ---- stages: what to say of them afterwards
@@ -384,6 +431,7 @@ STAGES = {
     "test": Stage(test, report_test),
     "check": Stage(check),
     "sanitize": Stage(sanitize),
+    "tiles": Stage(tiles),
     "ops": Stage(ops),
     "models": Stage(models),
     "profile": Stage(profile),

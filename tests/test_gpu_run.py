@@ -318,3 +318,18 @@ def test_every_peer_of_a_gpu_is_raced(gpu_run):
     on_cpu = {"onnxruntime", "openvino"}
     raced = {*gpu_run.PEERS, *gpu_run.TUNED_PEERS, peers.OURS}
     assert raced | on_cpu == set(peers.PEERS)
+
+
+def test_races_of_fusion_steps_share_the_measured_tiles(gpu_run, tmp_path):
+    options = gpu_run.Options(tmp_path)
+    jobs = {job.name: job for job in gpu_run.models(options)}
+    assert list(jobs)[0] == "train-resnet50-b256-bfloat16"
+    assert {job.env["RESFAST_CACHE_DIR"] for job in jobs.values()} == {str(tmp_path)}
+    job = jobs["train-resnet50-b256-bfloat16-c0-own"]
+    assert job.env["RESFAST_FUSION_STEP"] == "c0"
+    assert job.env["RESFAST_CONVOLUTIONS"] == "own"
+    assert "RESFAST_FUSION_STEP" not in jobs["train-resnet50-b256-bfloat16-tuned"].env
+    assert [job.name for job in gpu_run.tiles(options)] == ["resnet50-bfloat16", "resnet50-float16"]
+    (tmp_path / "tiles-gpu.json").write_text("{}")
+    with pytest.raises(gpu_run.NotRun, match="tiles already"):
+        gpu_run.tiles(gpu_run.Options(tmp_path, resume=True))

@@ -18,6 +18,7 @@ from resfast.testing import HALF_DTYPES, judge_seeds, op_cases
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.cuda
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {str(case): case for training in (True, False) for case in op_cases(training)}
 # the others differ from these in the norm alone, or have groups, which the library runs
