@@ -75,17 +75,20 @@ library["build"] = native.build_info()
 print(json.dumps({"date": now(), "versions": versions(), "device": device_info(device),
                   "native": library}))
 """
-# Every op in every form once, forward and backward.
+# Every op in every form once, forward and backward, by kernels that fuse little and much.
 EVERY_OP = """
 import sys, torch
 import resfast.ops
 from resfast.testing import op_cases
-for dtype in (torch.float32, torch.bfloat16):
+for dtype, step in ((torch.float32, "c+"), (torch.bfloat16, "c"), (torch.bfloat16, "b")):
     for case in op_cases(True) + op_cases(False):
         tensors = case.inputs(0, dtype, sys.argv[1])
-        y = case.run(resfast.ops, tensors, None, "nhwc")["y"]
-        case.run(resfast.ops, tensors, torch.ones_like(y), "nhwc")
+        with resfast.fusion(step, "own"):
+            y = case.run(resfast.ops, tensors, None, "nhwc")["y"]
+            case.run(resfast.ops, tensors, torch.ones_like(y), "nhwc")
 """
+# small tensors: measuring tiles for them would take the stage's time
+UNTUNED = {"RESFAST_TUNE": "never"}
 
 
 class NotRun(Exception):
@@ -262,7 +265,7 @@ def test(options: Options) -> list[Job]:
     def run(name: str, *arguments: str) -> Job:
         report = f"test-{name}.xml"
         argv = pytest_on(*arguments, f"--junitxml={options.out / report}")
-        return Job(name, argv, report, fine=(0, 5))  # 5: there are no such tests
+        return Job(name, argv, report, UNTUNED, fine=(0, 5))  # 5: there are no such tests
 
     files = QUICK_TESTS[:1] if options.dry_run else QUICK_TESTS
     # without a GPU the tests of Triton kernels take minutes in its interpreter
@@ -278,7 +281,7 @@ def check(options: Options) -> list[Job]:
         result = f"check-{dtype}.json"
         where = ("--device", options.device, "--out", str(options.out / result))
         argv = resfast_cli("check", "--dtype", dtype, *quick, *where)
-        jobs.append(Job(dtype, argv, result, needs=min(60, options.timeout / 2)))
+        jobs.append(Job(dtype, argv, result, UNTUNED, needs=min(60, options.timeout / 2)))
     return jobs
 
 
@@ -290,7 +293,7 @@ def sanitize(options: Options) -> list[Job]:
     if sanitizer is None:
         raise NotRun("compute-sanitizer is not installed")
     program = [sys.executable, "-c", EVERY_OP, options.device]
-    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **UNTUNED}
     return [
         Job(tool, [sanitizer, "--tool", tool, "--error-exitcode", "9", *program], env=env)
         for tool in ("memcheck", "racecheck")

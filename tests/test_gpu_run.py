@@ -323,7 +323,7 @@ def test_every_peer_of_a_gpu_is_raced(gpu_run):
 def test_races_of_fusion_steps_share_the_measured_tiles(gpu_run, tmp_path):
     options = gpu_run.Options(tmp_path)
     jobs = {job.name: job for job in gpu_run.models(options)}
-    assert list(jobs)[0] == "train-resnet50-b256-bfloat16"
+    assert next(iter(jobs)) == "train-resnet50-b256-bfloat16"
     assert {job.env["RESFAST_CACHE_DIR"] for job in jobs.values()} == {str(tmp_path)}
     job = jobs["train-resnet50-b256-bfloat16-c0-own"]
     assert job.env["RESFAST_FUSION_STEP"] == "c0"
