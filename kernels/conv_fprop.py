@@ -22,17 +22,14 @@ from resfast.kernels.tiles import ConvTile
 # Compiled ahead of time for sm_80, sm_90 and sm_100 in 16 bit, none of these spills registers with
 # any prologue and epilogue; on sm_90 two or more programs fit a multiprocessor, but for the first.
 TILES = (
-    ConvTile(128, 256, 64, 8, 3),
+    ConvTile(128, 256, 32, 8, 4),
     ConvTile(128, 128, 64, 8, 3),
     ConvTile(128, 128, 32, 8, 4),
     ConvTile(128, 64, 64, 4, 3),
     ConvTile(128, 64, 32, 4, 4),
-    ConvTile(128, 32, 64, 4, 3),
     ConvTile(128, 32, 32, 4, 4),
     ConvTile(64, 64, 64, 4, 4),
-    ConvTile(64, 64, 32, 4, 3),
-    ConvTile(64, 32, 64, 4, 4),
-    ConvTile(64, 32, 32, 4, 4),
+    ConvTile(64, 32, 64, 4, 3),
 )
 LEAST_PROGRAMS = 132  # one to each multiprocessor of an H100
 
@@ -52,18 +49,16 @@ def default_tile(
     sizes = ((128, 128), (128, 64), (64, 64), (64, 32)) if k > 32 else ((128, 32), (64, 32))
     fitting = [(a, b) for a, b in sizes if a * b <= limit and b < max(2 * k, 64)]
     enough = ((a, b) for a, b in fitting if triton.cdiv(m, a) * triton.cdiv(k, b) >= LEAST_PROGRAMS)
-    block_m, block_n = next(enough, fitting[-1])
-    large = block_m * block_n == 128 * 128
-    block_k = 32 if wide or (prologue and not (pointwise and large)) else 64
-    block_k = min(block_k, max(16, triton.next_power_of_2(c)))
+    size = next(enough, fitting[-1])
+    longest, *_, shortest = [tile for tile in TILES if tile[:2] == size] * 2
+    short = prologue and not wide and not (pointwise and size == (128, 128))
+    tile = shortest if short else longest
+    block_k = min(tile.block_k // (2 if wide else 1), max(16, triton.next_power_of_2(c)))
     if block_k > 16 and c % block_k and c % (block_k // 2) == 0:
         block_k //= 2
-    step = (block_m + block_n) * block_k * dtype.itemsize
-    stages = 4 if step <= 16384 else 3
-    if c % 16 and not wide:
-        # asynchronous copies are of 4 bytes or more, which Triton sees only in such channels
-        stages = 1
-    return ConvTile(block_m, block_n, block_k, 8 if large else 4, stages)
+    # asynchronous copies are of 4 bytes or more: Triton sees such only in multiples of 16 channels
+    alone = c % 16 != 0 and not wide
+    return tile._replace(block_k=block_k, stages=1 if alone else tile.stages)
 
 
 def conv_output_size(

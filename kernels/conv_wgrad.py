@@ -19,6 +19,21 @@ from resfast.kernels.launch import launch
 from resfast.kernels.math import affine, relu
 from resfast.kernels.tiles import ConvTile, chip
 
+TILES = (
+    ConvTile(128, 128, 64, 8, 3),
+    ConvTile(128, 128, 32, 8, 3),
+    ConvTile(128, 64, 64, 8, 3),
+    ConvTile(64, 128, 64, 8, 3),
+    ConvTile(64, 64, 64, 4, 3),
+)
+
+
+def tiles_for(
+    k: int, c: int, dtype: torch.dtype, precision: str, norm: bool, prologue: bool
+) -> tuple[ConvTile, ...]:
+    """Tiles that keep to registers with such operands."""
+    return TILES
+
 
 @triton.jit
 def _divided(n, multiplier, shift):
@@ -216,14 +231,15 @@ def conv_wgrad(
     assert max(count, n * height * width) < 2**31, "pixels are counted in int32"
     if x.dtype != torch.float32:
         precision = "ieee"
-    if tile is None:
-        tile = default_tile(
-            k, columns, c, x.dtype, precision, norm is not None, prologue is not None
+    if tile is None or splits is None:
+        tiles = tiles_for(k, c, x.dtype, precision, norm is not None, prologue is not None)
+        likely = plan(
+            *(count, k, columns, x.element_size(), precision),
+            (grad.numel() + x.numel()) * x.element_size(),
+            (tile,) if tile else tiles,
+            chip(x.device).processors,
         )
-    processors = chip(x.device).processors
-    splits = splits or default_splits(
-        count, k, columns, tile, x.element_size(), precision, processors
-    )
+        tile, splits = tile or likely[0], splits or likely[1]
     # ranges are of whole steps, and none is empty
     steps = triton.cdiv(count, tile.block_k)
     steps_each = max(1, triton.cdiv(steps, splits))
@@ -231,11 +247,11 @@ def conv_wgrad(
 
     dw = empty_nhwc(weight_shape, x)
     out = dw if splits == 1 else dw.new_empty(splits, k, columns, dtype=torch.float32)
-    tiles = triton.cdiv(k, tile.block_m) * triton.cdiv(columns, tile.block_n)
+    programs = triton.cdiv(k, tile.block_m) * triton.cdiv(columns, tile.block_n)
     affine_vectors = prologue or (None, None, None)
     launch(
         _conv_wgrad_kernel,
-        (tiles, splits),
+        (programs, splits),
         *(grad, z, mean, scale, coef_z, coef_1, x, *affine_vectors, out),
         *(count, steps_each * tile.block_k, k, c, height, width, p, q),
         *(*_reciprocal(p), *_reciprocal(q)),
@@ -258,7 +274,7 @@ def conv_wgrad(
         HAS_PROLOGUE=prologue is not None,
         EVEN_PIXELS=count % tile.block_k == 0,
         WIDE=x.numel() >= 2**31,
-        SWAP=prologue is not None and norm is None,
+        SWAP=prologue is not None,
         PRECISION=precision,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -303,42 +319,41 @@ def _bytes_read(
     return n * c * x.element_size()
 
 
-def default_tile(
+@functools.cache
+def plan(
+    count: int,
     k: int,
     columns: int,
-    c: int,
-    dtype: torch.dtype,
+    itemsize: int,
     precision: str,
-    norm: bool,
-    prologue: bool,
-) -> ConvTile:
-    """The tile for a weight ``[k, columns]`` of c input channels."""
-    return ConvTile(64, 64, 32, 4, 3)
+    traffic: int,
+    tiles: tuple[ConvTile, ...],
+    processors: int,
+) -> tuple[ConvTile, int]:
+    """The tile of ``tiles`` and the number of ranges for ``count`` pixels likely to be the fastest.
 
-
-@functools.cache
-def default_splits(
-    count: int, k: int, columns: int, tile: ConvTile, itemsize: int, precision: str, sms: int
-) -> int:
-    """How many ranges to cut ``count`` pixels into: the least time by a rough model of the device.
-
-    Waves of programs, each as slow as its arithmetic or its loads, then partial results written and
-    read again; these take 64 MiB at most.
+    Waves of programs, bound by products and by loads from L2, take no less time than memory needs
+    for ``traffic`` bytes; then come the partial results, written and read again, 64 MiB at most.
     """
-    resident = 2 if tile.warps <= 4 else 1  # programs on a multiprocessor
-    speed = 4.5e12 if itemsize == 2 else {"tf32": 2e12, "tf32x3": 0.6e12}.get(precision, 0.3e12)
-    block = tile.block_m * tile.block_n
-    loads = (tile.block_m + tile.block_n) * itemsize
-    step = resident * tile.block_k * max(2 * block / speed, loads / 6e10)
-    steps = triton.cdiv(count, tile.block_k)
-    tiles = triton.cdiv(k, tile.block_m) * triton.cdiv(columns, tile.block_n)
-    slots = sms * resident
+    multiply_adds, memory = 2.2e12, 2.5e12  # a second: in 16 bit by one multiprocessor; bytes
+    passes = {2: 1, 4: {"tf32": 2, "tf32x3": 6}.get(precision, 10)}[itemsize]
     partial = 4 * k * columns
-
-    def seconds(splits: int) -> float:
-        each = triton.cdiv(steps, splits)
-        main = triton.cdiv(tiles * splits, slots) * each * step
-        return main + (0 if splits == 1 else 3e-6 + 2 * splits * partial / 2.5e12)
-
-    most = min(steps // 4, (64 << 20) // partial, triton.cdiv(4 * slots, tiles))
-    return min(range(1, max(1, most) + 1), key=seconds)
+    best = (float("inf"), tiles[0], 1)
+    for tile in tiles:
+        programs = triton.cdiv(k, tile.block_m) * triton.cdiv(columns, tile.block_n)
+        steps = triton.cdiv(count, tile.block_k)
+        # 16 bits take as long to load as some 64 products, and a step as some 100,000 to begin
+        products = tile.block_m * tile.block_n * passes
+        loads = (tile.block_m + tile.block_n) * itemsize / 2
+        step = tile.block_k * (products + 64 * loads) + 1e5
+        most = max(1, min(steps // 4, (64 << 20) // partial))
+        full = (turns * processors // programs for turns in range(1, 9))
+        for splits in {1, *(min(n, most) for n in full if n)}:
+            each = triton.cdiv(steps, splits) + tile.stages + 2  # to fill and drain the pipeline
+            work = triton.cdiv(programs * splits, processors) * each * step
+            bounds = work / multiply_adds, traffic / memory
+            seconds = max(bounds) + min(bounds) / 4  # the two overlap, but not quite
+            if splits > 1:
+                seconds += 3e-6 + 2 * splits * partial / memory
+            best = min(best, (seconds, tile, splits))
+    return best[1:]

@@ -24,7 +24,7 @@ from resfast.kernels.math import (
     relu,
     unpack_mask,
 )
-from resfast.kernels.tiles import NormTile
+from resfast.kernels.tiles import NormTile, chip
 
 
 class TileStats(NamedTuple):
@@ -50,9 +50,7 @@ class TileSums(NamedTuple):
     sums: Tensor  # [S, T, C] float32
 
 
-# a reduction's programs: four to each of the 132 multiprocessors of an H100
-PROGRAMS = 528
-# and its tiles of pixels, which one merging program reads at two loads a thread
+# a reduction's tiles of pixels: what one launch still merges
 MAX_TILES = 512
 # tiles that one program of a merge takes at most
 MERGE_GROUP = 256
@@ -68,22 +66,29 @@ def pixels_channels(z: Tensor) -> tuple[int, int]:
     return m, c
 
 
-def default_tile(m: int, c: int, itemsize: int, loads: int = 4, warps: int = 4) -> NormTile:
+def programs(device: torch.device) -> int:
+    """Of a reduction: four to each multiprocessor."""
+    return 4 * chip(device).processors
+
+
+def default_tile(
+    m: int, c: int, itemsize: int, device: torch.device, loads: int = 4, warps: int = 4
+) -> NormTile:
     """Of a pass over ``[m, c]`` in blocks of ``loads`` 16-byte loads a thread and operand.
 
     Rows are of up to 128 channels. Few blocks are made smaller, to occupy more multiprocessors.
     """
     block_c = min(128, max(8, triton.next_power_of_2(c)))
     block_m = loads * warps * 32 * 16 // itemsize // block_c
-    if triton.cdiv(m, block_m) * triton.cdiv(c, block_c) < PROGRAMS // 2:
+    if triton.cdiv(m, block_m) * triton.cdiv(c, block_c) < programs(device) // 2:
         block_m //= loads
     return NormTile(max(1, block_m), block_c, warps)
 
 
-def rows_per_program(m: int, c: int, tile: NormTile) -> int:
+def rows_per_program(m: int, c: int, tile: NormTile, device: torch.device) -> int:
     """Pixels of one program of a reduction, a multiple of the tile's."""
-    programs = max(1, PROGRAMS // triton.cdiv(c, tile.block_c))
-    tiles = max(1, min(programs, MAX_TILES))
+    each = max(1, programs(device) // triton.cdiv(c, tile.block_c))
+    tiles = min(each, MAX_TILES)
     return max(1, triton.cdiv(triton.cdiv(m, tiles), tile.block_m)) * tile.block_m
 
 
@@ -226,8 +231,8 @@ def _norm_stats_kernel(
 def norm_stats(z: Tensor, tile: NormTile | None = None) -> TileStats:
     """Mean and M2 = Σ(z − mean)² of ``[N, C, H, W]`` per channel, in up to 512 tiles."""
     m, c = pixels_channels(z)
-    tile = tile or default_tile(m, c, z.element_size(), loads=2, warps=8)
-    rows = rows_per_program(m, c, tile)
+    tile = tile or default_tile(m, c, z.element_size(), z.device, loads=2, warps=8)
+    rows = rows_per_program(m, c, tile, z.device)
     tiles = triton.cdiv(m, rows)
     mean, m2, rest = torch.empty(3, tiles, c, dtype=torch.float32, device=z.device).unbind()
     launch(
@@ -543,7 +548,7 @@ def norm_apply(
     """
     m, c = pixels_channels(z)
     check_mask(c, mask)
-    tile = tile or default_tile(m, c, z.element_size())
+    tile = tile or default_tile(m, c, z.element_size(), z.device)
     y = empty_nhwc(z.shape, z) if out is None else out
     if residual is None:
         kind = "none"
@@ -665,8 +670,8 @@ def norm_backward_reduce(
     ``activation`` receives act(affine(z)).
     """
     m, c = pixels_channels(z)
-    tile = tile or default_tile(m, c, z.element_size(), loads=2, warps=8)
-    rows = rows_per_program(m, c, tile)
+    tile = tile or default_tile(m, c, z.element_size(), z.device, loads=2, warps=8)
+    rows = rows_per_program(m, c, tile, z.device)
     tiles = triton.cdiv(m, rows)
     source, keeper = mask_source(c, y, mask, relu)
     sums = torch.empty(2 if z2 is None else 3, tiles, c, dtype=torch.float32, device=z.device)
@@ -779,7 +784,7 @@ def norm_backward_apply(
     one of the tensors read.
     """
     m, c = pixels_channels(z)
-    tile = tile or default_tile(m, c, z.element_size())
+    tile = tile or default_tile(m, c, z.element_size(), z.device)
     source, keeper = mask_source(c, y, mask, relu)
     z2, mean2, scale2, coef_z2, coef_12, dz2 = second or (z, *affine[:2], None, None, dz)
     used = () if second is None else (None if coef_z2 is None else z2, *second[1:5])

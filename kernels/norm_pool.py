@@ -92,7 +92,7 @@ def norm_apply_max_pool(
     index = empty_nhwc(y.shape, torch.empty(0, dtype=torch.uint8, device=z.device))
     m, _ = pixels_channels(y)
     # half the usual block: a maximum and its place are kept beside what is loaded
-    tile = tile or default_tile(m, c, z.element_size(), loads=2)
+    tile = tile or default_tile(m, c, z.element_size(), z.device, loads=2)
     launch(
         _norm_apply_max_pool_kernel,
         (triton.cdiv(m, tile.block_m) * triton.cdiv(c, tile.block_c),),
@@ -227,8 +227,8 @@ def norm_max_pool_backward_reduce(
     du is dy gathered from the windows whose maximum the pixel was, where affine(z) > 0.
     """
     m, c = pixels_channels(z)
-    tile = tile or default_tile(m, c, z.element_size(), loads=1, warps=8)
-    rows = rows_per_program(m, c, tile)
+    tile = tile or default_tile(m, c, z.element_size(), z.device, loads=1, warps=8)
+    rows = rows_per_program(m, c, tile, z.device)
     tiles = triton.cdiv(m, rows)
     sums = torch.empty(2, tiles, c, dtype=torch.float32, device=z.device)
     launch(
@@ -324,7 +324,7 @@ def norm_max_pool_backward_apply(
 ) -> Tensor:
     """dz = scale·du + coef_z·(z − mean) + coef_1, du as in the reduce pass; None is 0."""
     m, c = pixels_channels(z)
-    tile = tile or default_tile(m, c, z.element_size(), loads=2)
+    tile = tile or default_tile(m, c, z.element_size(), z.device, loads=2)
     dz = empty_nhwc(z.shape, z)
     launch(
         _norm_max_pool_backward_apply_kernel,

@@ -120,6 +120,9 @@ class Problem:
             tile=tile,
         )
 
+    def _rounded(self, v):
+        return v.float().to(self.dtype).double()
+
     def _input(self):
         """(what is multiplied, as float64, and by how much another rounding of it may differ)."""
         if self.prologue is None:
@@ -128,9 +131,7 @@ class Problem:
         u = (self.x.double() - mean) * scale + beta
         # the difference is rounded to float32, the multiply-add once more, or twice interpreted
         off = 3 * EPS32 * (2 * ((self.x.double() - mean) * scale).abs() + beta.abs())
-        low, middle, high = (
-            F.relu(v.float().to(self.dtype)).double() for v in (u - off, u, u + off)
-        )
+        low, middle, high = (self._rounded(F.relu(v)) for v in (u - off, u, u + off))
         return middle, high - low
 
     def expected(self, precision="ieee"):
@@ -380,7 +381,7 @@ def test_offsets_beyond_32_bits(c):
     weight = _random(k, c, *window, dtype=BFLOAT)
     z, _ = conv_fprop(x, weight, None, g, tile=SMALL)
     for (i, rows), (j, columns) in itertools.product(enumerate(used), enumerate(used)):
-        patch = F.pad(x[:, :, rows, columns].double(), (j == 0, 0, i == 0, 0))
+        patch = F.pad(x[:, :, rows, columns].double(), (int(j == 0), 0, int(i == 0), 0))
         expected = (patch * weight.double()).sum((1, 2, 3))
         # a sum of 72 products, rounded to 8 bits
         assert (z[0, :, i, j].double() - expected).abs().max() < 2.0**-7 * expected.abs().max()

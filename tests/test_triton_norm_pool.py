@@ -122,7 +122,7 @@ def test_nan_wins(window):
     [*((w, "both") for w in WINDOWS), *((WINDOWS[0], c) for c in ("coef_z", "coef_1", "neither"))],
 )
 def test_backward(window, coefficients, monkeypatch):
-    monkeypatch.setattr(norm, "PROGRAMS", 6)  # several chunks a program
+    monkeypatch.setattr(norm, "programs", lambda device: 6)  # several chunks a program
     for i, shape in enumerate(SHAPES):
         dtype, c = DTYPES[i % 3], shape[1]
         affine = random_affine(c)
