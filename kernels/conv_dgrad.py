@@ -19,7 +19,7 @@ from resfast.backends.interface import Below, ConvGeometry, NormGradient, empty_
 from resfast.kernels.launch import launch
 from resfast.kernels.math import affine, positive, unpack_mask
 from resfast.kernels.norm import TileSums, check_mask, vector
-from resfast.kernels.tiles import ConvTile
+from resfast.kernels.tiles import ConvTile, likely
 
 
 @triton.jit
@@ -296,7 +296,9 @@ def conv_dgrad(
     # of the largest phase; a smaller one may leave its last tile empty
     rows = n * triton.cdiv(height, g.stride[0]) * triton.cdiv(width, g.stride[1])
     step_h, step_w = (a // math.gcd(a, d) for a, d in zip(g.stride, g.dilation, strict=True))
-    tile = tile or default_tile(rows, c, k, du.dtype, precision, has_norm)
+    if tile is None:
+        sizes = (rows * phases, c, triton.cdiv(k * r * s, phases))
+        tile, *_ = likely("conv_dgrad", sizes, k, du, precision, has_norm)
     count = triton.cdiv(rows, tile.block_m) * phases
     dx = empty_nhwc(shape, du)
 
@@ -343,14 +345,8 @@ def conv_dgrad(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        EPILOGUE_N=64 if has_norm or below is None else 32,
+        EPILOGUE_N=32 if below is not None and (not has_norm or tile.block_n < 128) else 64,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
     return dx, None if sums is None else TileSums(sums)
-
-
-def default_tile(
-    m: int, c: int, k: int, dtype: torch.dtype, precision: str, norm: bool
-) -> ConvTile:
-    return ConvTile(128, 64, 64, 4, 3)

@@ -17,48 +17,7 @@ from resfast.backends.interface import Affine, ConvGeometry, empty_nhwc
 from resfast.kernels.launch import launch
 from resfast.kernels.math import affine, centred, relu
 from resfast.kernels.norm import TileStats, block, put, vector
-from resfast.kernels.tiles import ConvTile
-
-# Compiled ahead of time for sm_80, sm_90 and sm_100 in 16 bit, none of these spills registers with
-# any prologue and epilogue; on sm_90 two or more programs fit a multiprocessor, but for the first.
-TILES = (
-    ConvTile(128, 256, 32, 8, 4),
-    ConvTile(128, 128, 64, 8, 3),
-    ConvTile(128, 128, 32, 8, 4),
-    ConvTile(128, 64, 64, 4, 3),
-    ConvTile(128, 64, 32, 4, 4),
-    ConvTile(128, 32, 32, 4, 4),
-    ConvTile(64, 64, 64, 4, 4),
-    ConvTile(64, 32, 64, 4, 3),
-)
-LEAST_PROGRAMS = 132  # one to each multiprocessor of an H100
-
-
-def default_tile(
-    m: int, c: int, k: int, dtype: torch.dtype, precision: str, prologue: bool, pointwise: bool
-) -> ConvTile:
-    """The largest tile that makes a program for every multiprocessor; m pixels, c to k channels.
-
-    Registers are what limits it: the prologue's operand passes through them, and float32 takes
-    twice as many, tf32x3 both operands in two parts each.
-    """
-    wide = dtype == torch.float32
-    limit = 128 * 128
-    if wide:
-        limit = 64 * 64 if precision != "tf32" else 128 * 64 if prologue else limit
-    sizes = ((128, 128), (128, 64), (64, 64), (64, 32)) if k > 32 else ((128, 32), (64, 32))
-    fitting = [(a, b) for a, b in sizes if a * b <= limit and b < max(2 * k, 64)]
-    enough = ((a, b) for a, b in fitting if triton.cdiv(m, a) * triton.cdiv(k, b) >= LEAST_PROGRAMS)
-    size = next(enough, fitting[-1])
-    longest, *_, shortest = [tile for tile in TILES if tile[:2] == size] * 2
-    short = prologue and not wide and not (pointwise and size == (128, 128))
-    tile = shortest if short else longest
-    block_k = min(tile.block_k // (2 if wide else 1), max(16, triton.next_power_of_2(c)))
-    if block_k > 16 and c % block_k and c % (block_k // 2) == 0:
-        block_k //= 2
-    # asynchronous copies are of 4 bytes or more: Triton sees such only in multiples of 16 channels
-    alone = c % 16 != 0 and not wide
-    return tile._replace(block_k=block_k, stages=1 if alone else tile.stages)
+from resfast.kernels.tiles import ConvTile, likely
 
 
 def conv_output_size(
@@ -301,8 +260,7 @@ def conv_fprop(
     if x.dtype != torch.float32:
         precision = "ieee"  # of no effect: one variant for all
     if tile is None:
-        pointwise = (r, s) == (1, 1) and g.stride == (1, 1) and g.padding == (0, 0)
-        tile = default_tile(m, c, k, x.dtype, precision, prologue is not None, pointwise)
+        tile, *_ = likely("conv_fprop", (m, k, c * r * s), c, x, precision, prologue is not None)
     y = empty_nhwc((n, k, p, q), x)
 
     count = triton.cdiv(m, tile.block_m)

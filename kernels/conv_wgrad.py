@@ -17,22 +17,7 @@ from torch import Tensor
 from resfast.backends.interface import Affine, ConvGeometry, NormGradient, empty_nhwc
 from resfast.kernels.launch import launch
 from resfast.kernels.math import affine, relu
-from resfast.kernels.tiles import ConvTile, chip
-
-TILES = (
-    ConvTile(128, 128, 64, 8, 3),
-    ConvTile(128, 128, 32, 8, 3),
-    ConvTile(128, 64, 64, 8, 3),
-    ConvTile(64, 128, 64, 8, 3),
-    ConvTile(64, 64, 64, 4, 3),
-)
-
-
-def tiles_for(
-    k: int, c: int, dtype: torch.dtype, precision: str, norm: bool, prologue: bool
-) -> tuple[ConvTile, ...]:
-    """Tiles that keep to registers with such operands."""
-    return TILES
+from resfast.kernels.tiles import ConvTile, chip, shipped
 
 
 @triton.jit
@@ -232,7 +217,8 @@ def conv_wgrad(
     if x.dtype != torch.float32:
         precision = "ieee"
     if tile is None or splits is None:
-        tiles = tiles_for(k, c, x.dtype, precision, norm is not None, prologue is not None)
+        normed = norm is not None or prologue is not None
+        tiles = tuple(shipped("conv_wgrad", min(c, k), x.dtype, precision, normed))
         likely = plan(
             *(count, k, columns, x.element_size(), precision),
             (grad.numel() + x.numel()) * x.element_size(),

@@ -215,6 +215,19 @@ def test_a_nan_stays_in_its_channel(norm, prologue):
     assert not bad.any()
 
 
+@pytest.mark.parametrize("window", [1, 3])
+def test_steps_beyond_the_last_pixel_do_not_overflow(window):
+    pad = window // 2
+    call = Call(((1, 8, 3, 3), (8, window, window), (1, 1), (pad, pad), (1, 1)), HALF, "z", True)
+    for t in (call.x, call.dz.z):
+        t += 30000
+    # far from 0 lies only what is not there: in half precision it would be infinite
+    far, ones = torch.full((8,), 30000.0, device=DEVICE), torch.ones(8, device=DEVICE)
+    call.dz = call.dz._replace(mean=far, scale=ones, coef_z=4 * ones)
+    call.prologue = Affine(far, -4 * ones, 0 * ones)
+    call.check(call(tile=SMALL))
+
+
 @pytest.mark.parametrize(("norm", "prologue"), PROLOGUES)
 def test_no_pixels(norm, prologue):
     call = Call(((0, 8, 6, 6), (4, 3, 3), (1, 1), (1, 1), (1, 1)), FLOAT, norm, prologue)

@@ -14,7 +14,7 @@ from resfast.backends.tuning import Tiles, fastest
 
 pytest.importorskip("triton")
 
-from resfast.kernels.tiles import CONV_TILES, H100, ConvTile, ranked
+from resfast.kernels.tiles import CONV_TILES, H100, ConvTile, likely, ranked
 
 VERSIONS = {"torch": "1", "triton": "2"}
 SMALL, LARGE, WIDE = (
@@ -122,8 +122,20 @@ def test_large_products_take_large_tiles_and_narrow_ones_no_padding():
     assert ranked([*pool, ConvTile(64, 32, 64, 4, 3)], 49, 512, 2048, 2, H100)[0] != LARGE
 
 
+@pytest.mark.parametrize("function", CONV_TILES)
+def test_steps_are_no_deeper_than_the_channels_and_odd_ones_are_not_pipelined(function):
+    x = torch.empty(1, dtype=torch.bfloat16)
+    for tile in likely(function, (4096, 64, 147), 3, x, "ieee", False):
+        assert tile.stages == 1
+        assert function == "conv_wgrad" or tile.block_k == 16
+    wide = likely(function, (4096, 256, 256), 256, x, "ieee", False)
+    assert set(wide) == set(CONV_TILES[function]["half"])
+    normed = likely(function, (4096, 256, 256), 256, x.float(), "tf32x3", True)
+    assert set(normed) == set(CONV_TILES[function]["exact normed"])
+
+
 def test_every_shipped_tile_is_a_power_of_two_and_listed_once():
-    for tiles in CONV_TILES.values():
+    for tiles in (tiles for kinds in CONV_TILES.values() for tiles in kinds.values()):
         assert len(set(tiles)) == len(tiles)
         for tile in tiles:
             assert all(n & (n - 1) == 0 and n >= 16 for n in tile[:3])

@@ -172,7 +172,8 @@ class TritonBackend(Backend):
         def library() -> Tensor:
             return Backend.conv_fprop(self, x, weight, bias, g)
 
-        z, tiles = _fastest("conv_fprop", x, weight, g, (prologue, statistics), run, library)
+        normed, variant = prologue is not None, (prologue, statistics)
+        z, tiles = _fastest("conv_fprop", x, weight, g, normed, variant, run, library)
         return z, None if tiles is None else kernels.norm.merge_stats(tiles)
 
     def conv_dgrad_fused(
@@ -207,8 +208,9 @@ class TritonBackend(Backend):
         def library() -> Tensor:
             return Backend.conv_dgrad(self, du, empty_nhwc(shape, du), weight, g)
 
-        variant = (isinstance(dz, NormGradient), residual, below)
-        dx, tiles = _fastest("conv_dgrad", du, weight, g, variant, run, library)
+        normed = isinstance(dz, NormGradient)
+        variant = (normed, residual, below)
+        dx, tiles = _fastest("conv_dgrad", du, weight, g, normed, variant, run, library)
         return dx, None if tiles is None else kernels.norm.merge_sums(tiles)
 
     def conv_wgrad_fused(
@@ -238,7 +240,8 @@ class TritonBackend(Backend):
             return Backend.conv_wgrad(self, du, x, weight, g)
 
         variant = (isinstance(dz, NormGradient), prologue)
-        dw = _fastest("conv_wgrad", du, weight, g, variant, run, library)
+        normed = variant[0] or prologue is not None
+        dw = _fastest("conv_wgrad", du, weight, g, normed, variant, run, library)
         return _laid_out_as(dw, weight)
 
     def conv_fprop_affine(
@@ -274,7 +277,7 @@ class TritonBackend(Backend):
             return Backend.conv_fprop(self, x, weight, bias, g)
 
         variant = (None, False, "norm", residual)
-        return _fastest("conv_fprop", x, weight, g, variant, run, library)
+        return _fastest("conv_fprop", x, weight, g, False, variant, run, library)
 
     def epilogue_declines(
         self, x: Tensor, weight: Tensor, g: ConvGeometry, residual: Tensor | None
@@ -497,16 +500,21 @@ def _fastest(
     t: Tensor,
     weight: Tensor,
     g: ConvGeometry,
+    normed: bool,
     variant: tuple[Any, ...],
     run: Callable[[Any], Any],
     library: Callable[[], Tensor],
 ) -> Any:
-    """``run`` with the tile measured or expected to be the fastest; ``variant``: what is fused."""
-    tiles = _kernels().tiles
+    """``run`` with the tile measured or expected to be the fastest.
+
+    ``normed``: an operand is made on the way in; ``variant``: what is fused.
+    """
     key = _key(function, t, weight, g)
+    k, c = weight.shape[:2]
+    channels = {"conv_fprop": c, "conv_dgrad": k, "conv_wgrad": min(c, k)}[function]
     sizes = _product(function, t, weight, g)
-    shipped = tiles.CONV_TILES[function]
-    likely = tiles.ranked(shipped, *sizes, t.element_size(), tiles.chip(t.device))[:_CANDIDATES]
+    likely = _kernels().tiles.likely(function, sizes, channels, t, _precision(t), normed)
+    likely = likely[:_CANDIDATES]
     marks = "".join("0" if v is None or v is False else "1" for v in variant)
     tile = tuning.choose(f"{key} {marks}", likely, run, t.device)
     tuning.compare_engines(key, lambda: run(tile), library, t.device)
