@@ -223,42 +223,50 @@ def _layers(n: int) -> Iterator[Layer]:
         c = 4 * width
 
 
-PRECISIONS = {"bf16": ("ieee",), "fp16": ("ieee",), "fp32": ("tf32", "tf32x3")}
+KINDS = (
+    ("half", torch.bfloat16, "ieee"),
+    ("tf32", torch.float32, "tf32"),
+    ("exact", torch.float32, "tf32x3"),
+)
+USUAL = Layer(256, 128, 128, 56, 3, 1)
 
 
 def _convolutions(
-    quick: bool, kernel: str
+    quick: bool, kernel: str, normed: bool
 ) -> Iterator[tuple[str, Layer, torch.dtype, dict[str, Any]]]:
-    """(name, layer, dtype, options): every tile in bf16, then those that ResNet-50 gets."""
-    usual = Layer(256, 256, 256, 56, 1, 1), Layer(256, 128, 128, 56, 3, 1)
-    for layer in usual:
-        for tile in CONV_TILES[kernel]:
+    """(name, layer, dtype, options): every tile at a usual layer, then ResNet-50's in bf16."""
+    for kind, dtype, precision in KINDS[: 1 if quick else None]:
+        tiles = CONV_TILES[kernel][f"{kind} normed" if normed else kind]
+        for tile in tiles[: 1 if quick else None]:
             shape = "{}×{}×{} {}w {}s".format(*tile)
-            yield f"bf16 {layer.window}² {shape}", layer, torch.bfloat16, {"tile": tile}
-            if quick:
-                break
+            options = {"tile": tile, "precision": precision}
+            yield f"{kind} {USUAL.window}² {shape}", USUAL, dtype, options
     if quick:
         return
-    for name, dtype in DTYPES.items():
-        for precision in PRECISIONS[name]:
-            number = name if precision == "ieee" else precision
-            for layer in (*_layers(256), *_layers(1)) if name == "bf16" else _layers(256):
-                window = f"{layer.window}²" if layer.stride == 1 else f"{layer.window}²/2"
-                sizes = f"{layer.n}×{layer.c}→{layer.k}×{layer.size}²"
-                yield f"{number} {window} {sizes}", layer, dtype, {"precision": precision}
+    for layer in _layers(256):
+        window = f"{layer.window}²" if layer.stride == 1 else f"{layer.window}²/2"
+        sizes = f"{layer.n}×{layer.c}→{layer.k}×{layer.size}²"
+        yield f"bf16 {window} {sizes}", layer, torch.bfloat16, {}
 
 
 def _conv_fprop(quick: bool) -> Iterator[Specimen]:
-    for name, layer, dtype, options in _convolutions(quick, "conv_fprop"):
-        x, w = _nhwc(layer.input, dtype), _nhwc(layer.weight, dtype)
-        above, below, r = _affine(layer.k), _affine(layer.c), _nhwc(layer.output, dtype)
-        call = partial(conv_fprop.conv_fprop, x, w, None, layer.geometry, **options)
-        yield Specimen(f"{name}: stats", partial(call, stats=True))
-        yield Specimen(f"{name}: norm relu", partial(call, norm=above, relu=True))
-        if layer.window == 7:  # the image is no norm's output
-            continue
-        yield Specimen(f"{name}: prologue, stats", partial(call, prologue=below, stats=True))
-        yield Specimen(f"{name}: norm +r relu", partial(call, norm=above, residual=r, relu=True))
+    for normed in (False, True):
+        for name, layer, dtype, options in _convolutions(quick, "conv_fprop", normed):
+            if normed and layer.window == 7:  # the image is no norm's output
+                continue
+            x, w = _nhwc(layer.input, dtype), _nhwc(layer.weight, dtype)
+            above, r = _affine(layer.k), _nhwc(layer.output, dtype)
+            call = partial(conv_fprop.conv_fprop, x, w, None, layer.geometry, **options)
+            if normed:
+                before = _affine(layer.c)
+                yield Specimen(
+                    f"{name}: prologue, stats", partial(call, prologue=before, stats=True)
+                )
+                continue
+            yield Specimen(f"{name}: stats", partial(call, stats=True))
+            yield Specimen(
+                f"{name}: norm +r relu", partial(call, norm=above, residual=r, relu=True)
+            )
 
 
 def _norm_gradient(dz: Tensor) -> NormGradient:
@@ -267,33 +275,38 @@ def _norm_gradient(dz: Tensor) -> NormGradient:
 
 
 def _conv_dgrad(quick: bool) -> Iterator[Specimen]:
-    for name, layer, dtype, options in _convolutions(quick, "conv_dgrad"):
-        if layer.window == 7:  # the image needs no gradient
-            continue
-        dz, w, z = (_nhwc(s, dtype) for s in (layer.output, layer.weight, layer.input))
-        below = Below(z, _affine(layer.c), None)
-        end = below._replace(mask=_mask(layer.input))
-        join = end._replace(z2=z, mean2=_float32(layer.c))
-        for prologue, gradient in (("", dz), ("norm's dz, ", _norm_gradient(dz))):
+    for normed in (False, True):
+        for name, layer, dtype, options in _convolutions(quick, "conv_dgrad", normed):
+            if layer.window == 7:  # the image needs no gradient
+                continue
+            dz, w, z = (_nhwc(s, dtype) for s in (layer.output, layer.weight, layer.input))
+            below = Below(z, _affine(layer.c), None)
+            join = below._replace(mask=_mask(layer.input), z2=z, mean2=_float32(layer.c))
+            gradient, prologue = (_norm_gradient(dz), "norm's dz, ") if normed else (dz, "")
             call = partial(
                 conv_dgrad.conv_dgrad, gradient, w, layer.input, layer.geometry, **options
             )
             yield Specimen(f"{name}: {prologue}relu, sums", partial(call, below=below))
-            yield Specimen(f"{name}: {prologue}+r mask, sums", partial(call, below=end, residual=z))
             yield Specimen(
                 f"{name}: {prologue}+r mask, 3 sums", partial(call, below=join, residual=z)
             )
 
 
 def _conv_wgrad(quick: bool) -> Iterator[Specimen]:
-    for name, layer, dtype, options in _convolutions(quick, "conv_wgrad"):
-        dz, x = _nhwc(layer.output, dtype), _nhwc(layer.input, dtype)
-        call = partial(conv_wgrad.conv_wgrad, x=x, weight_shape=layer.weight, g=layer.geometry)
-        for prologue, gradient in (("", dz), ("norm's dz, ", _norm_gradient(dz))):
-            yield Specimen(f"{name}: {prologue}x", partial(call, gradient, **options))
-            if layer.window < 7:
-                both = partial(call, gradient, prologue=_affine(layer.c), **options)
-                yield Specimen(f"{name}: {prologue}relu(norm(x))", both)
+    for normed in (False, True):
+        for name, layer, dtype, options in _convolutions(quick, "conv_wgrad", normed):
+            if normed and layer.window == 7:
+                continue
+            dz, x = _nhwc(layer.output, dtype), _nhwc(layer.input, dtype)
+            shapes = {"x": x, "weight_shape": layer.weight, "g": layer.geometry}
+            call = partial(conv_wgrad.conv_wgrad, **shapes, **options)
+            if not normed:
+                yield Specimen(f"{name}: x", partial(call, dz))
+                continue
+            call = partial(call, prologue=_affine(layer.c))
+            yield Specimen(f"{name}: relu(norm(x))", partial(call, dz))
+            lazy = _norm_gradient(dz)
+            yield Specimen(f"{name}: norm's dz, relu(norm(x))", partial(call, lazy))
 
 
 def specimens(quick: bool = False) -> list[Specimen]:

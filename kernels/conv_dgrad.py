@@ -184,7 +184,8 @@ def _conv_dgrad_kernel(
     rows = N * rows_h * rows_w
     row = i_t // PHASES * BLOCK_M
     # past the end the last pixel is read again: the loop then needs no mask for it
-    o_m = tl.maximum(tl.minimum(row + tl.arange(0, BLOCK_M), rows - 1), 0)
+    o_row = tl.arange(0, BLOCK_M)
+    o_m = tl.maximum(row + tl.minimum(o_row, rows - row - 1), 0)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k, m_n = tl.arange(0, BLOCK_K), o_n < C
     rows_h, rows_w = tl.maximum(rows_h, 1), tl.maximum(rows_w, 1)
@@ -246,7 +247,7 @@ def _conv_dgrad_kernel(
         pixel = o_m.to(tl.int64)
     else:
         pixel = (i_image.to(tl.int64) * H + h) * W + w
-    m_m = row + tl.arange(0, BLOCK_M) < rows
+    m_m = o_row < rows - row
     residual_pixel, m_residual = pixel, m_m
     if RESIDUAL_H * RESIDUAL_W > 1:
         residual_row = i_image.to(tl.int64) * tl.cdiv(H, RESIDUAL_H) + h // RESIDUAL_H

@@ -260,7 +260,7 @@ def conv_wgrad(
         HAS_PROLOGUE=prologue is not None,
         EVEN_PIXELS=count % tile.block_k == 0,
         WIDE=x.numel() >= 2**31,
-        SWAP=prologue is not None,
+        SWAP=prologue is not None and norm is None,
         PRECISION=precision,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,

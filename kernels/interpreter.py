@@ -1,9 +1,10 @@
 """What Triton's interpreter gets wrong, put right; loaded only where it is in use.
 
 Triton 3.6 under TRITON_INTERPRET=1 truncates float32 to bfloat16, where every GPU rounds to
-nearest even, multiplies the bit patterns of bfloat16 matrices as integers, and counts loops by
-arrays of one element, which NumPy 2.4 no longer takes for numbers. Functions called by kernels are
-sped up several times besides.
+nearest even, multiplies the bit patterns of bfloat16 matrices as integers, adds up rows one after
+the other, where a GPU's threads and lanes add in a tree, and counts loops by arrays of one element,
+which NumPy 2.4 no longer takes for numbers. Functions called by kernels are sped up several times
+besides.
 """
 
 from __future__ import annotations
@@ -29,8 +30,18 @@ def _rounded(values: Any) -> Any:
     return np.where(np.isnan(values), np.uint16(0x7FC0), nearest)
 
 
+def _tree_sum(self: Any, values: Any) -> Any:
+    """The sum of a power of two of floats along ``self.axis``, halves first."""
+    data = np.moveaxis(values.handle.data, self.axis, 0)
+    while len(data) > 1:
+        half = len(data) // 2
+        data = data[:half] + data[half:]
+    data = np.moveaxis(data, 0, self.axis) if self.keep_dims else data[0]
+    return self.to_tensor(data, values.dtype)
+
+
 def correct() -> None:
-    """Replace conversions to and from bfloat16, the product of matrices and loops' counters."""
+    """Replace conversions to and from bfloat16, products, sums and loops' counters."""
     builder: Any = interpreter.InterpreterBuilder
     if getattr(builder, "corrected_by_resfast", False):
         return
@@ -67,6 +78,16 @@ def correct() -> None:
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    in_order = interpreter.ReduceOps.sum
+
+    def total(self: Any, values: Any) -> Any:
+        floats = np.issubdtype(values.handle.data.dtype, np.floating)
+        return (
+            _tree_sum(self, values) if floats and self.axis is not None else in_order(self, values)
+        )
+
+    interpreter.ReduceOps.sum = total
 
     @functools.cache
     def language_modules(fn: Any) -> list[Any]:

@@ -45,6 +45,7 @@ CONV_TILES: dict[str, dict[str, tuple[ConvTile, ...]]] = {
             "64x32x64 4 3",
         ),
         "half normed": _tiles(
+            "128x128x64 8 3",
             "128x128x32 8 4",
             "128x64x32 4 4",
             "128x32x32 4 4",
@@ -78,7 +79,6 @@ CONV_TILES: dict[str, dict[str, tuple[ConvTile, ...]]] = {
             "64x128x64 8 3",
             "64x128x32 4 3",
             "64x64x32 4 4",
-            "64x32x64 4 3",
             "64x32x32 4 4",
         ),
         "tf32": _tiles(
@@ -101,7 +101,6 @@ CONV_TILES: dict[str, dict[str, tuple[ConvTile, ...]]] = {
             "128x64x64 8 3",
             "256x64x32 8 3",
             "64x256x32 8 3",
-            "128x64x32 8 3",
             "64x128x64 8 3",
             "64x128x32 4 3",
             "64x64x64 4 3",
@@ -109,12 +108,11 @@ CONV_TILES: dict[str, dict[str, tuple[ConvTile, ...]]] = {
         "half normed": _tiles(
             "256x64x32 8 3",
             "64x256x32 8 3",
-            "128x64x32 8 3",
             "64x128x32 4 3",
             "64x64x64 4 3",
         ),
         "tf32": _tiles("128x128x32 8 3", "64x128x32 8 3", "64x64x32 8 3", "64x64x32 4 3"),
-        "tf32 normed": _tiles("128x128x32 8 3", "64x128x32 8 3", "64x64x32 8 3", "64x64x32 4 3"),
+        "tf32 normed": _tiles("64x128x32 8 3", "64x64x32 8 3", "64x64x32 4 3"),
         "exact": _tiles("128x64x32 8 3", "64x128x32 8 3", "64x64x32 4 3"),
         "exact normed": _tiles("128x64x32 8 3", "64x128x32 8 3", "64x64x32 4 3"),
     },

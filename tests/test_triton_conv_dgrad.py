@@ -19,8 +19,7 @@ from resfast.backends.interface import (  # noqa: E402
     nhwc,
     pack_mask,
 )
-from resfast.kernels import conv_dgrad as module  # noqa: E402
-from resfast.kernels.conv_dgrad import conv_dgrad, default_tile  # noqa: E402
+from resfast.kernels.conv_dgrad import conv_dgrad  # noqa: E402
 from resfast.kernels.launch import count_traffic  # noqa: E402
 from resfast.kernels.tiles import ConvTile  # noqa: E402
 
@@ -208,10 +207,10 @@ class Problem:
             # fp32 sums over a tile of pixels, of terms rounded twice
             limit = (len(du) + 2) * 2.0**-24 * (du * factor).abs()
             limit += 2.0**-24 * du.abs() * (factor.abs() + 8)  # z − mean itself is rounded
-            within = ((got.sum(0) - (du * factor).sum(0)).abs() <= limit.sum(0)).all()
-            assert within
-            if tile is not None and self.g.stride == (1, 1):
-                parts = zip((du * factor).split(tile.block_m), limit.split(tile.block_m))
+            assert ((got.sum(0) - (du * factor).sum(0)).abs() <= limit.sum(0)).all()
+            if len(du) and tile is not None and self.g.stride == (1, 1):
+                pieces = (du * factor).split(tile.block_m), limit.split(tile.block_m)
+                parts = zip(*pieces, strict=True)
                 for row, (part, most) in zip(got, parts, strict=True):
                     assert ((row - part.sum(0)).abs() <= most.sum(0)).all()
 
@@ -262,7 +261,7 @@ TILES = [ConvTile(32, 16, 64, 4, 3), ConvTile(16, 64, 16, 4, 2), ConvTile(16, 12
 def test_tiles(tile, norm):
     """Wide ones leave in pieces; None is the default."""
     for c, below in ((136, "bits of 2"), (129, "affine")):
-        case = (1, c, 3, 5), 70, (3, 3), _geometry((2, 1), (1, 1))
+        case = (1, c, 3, 5), 35, (3, 3), _geometry((2, 1), (1, 1))
         Problem(case, torch.bfloat16, norm, (1, 1), below).check(tile)
         Problem(case, torch.float32, norm).check(tile)
 
@@ -270,7 +269,7 @@ def test_tiles(tile, norm):
 @pytest.mark.parametrize("shape", [(0, 8, 4, 4), (1, 2056, 1, 2), (2, 1, 1, 1), (1, 8, 1, 300)])
 def test_sizes(shape):
     below = "affine" if shape[1] % 8 else "bits"
-    for k in (1, 2050) if shape[0] else (8,):
+    for k in (1, 260) if shape[0] else (8,):
         problem = Problem((shape, k, (1, 1), _geometry()), torch.float16, "none", None, below)
         problem.check(ConvTile(16, 64, 64, 4, 2))
 
@@ -369,18 +368,3 @@ def test_what_is_refused():
         )
     with pytest.raises(ValueError, match="groups must be 1, got 3"):
         conv_dgrad(problem.dz, problem.weight, problem.shape, problem.g._replace(groups=3))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
-def test_the_default_tile_is_one_that_ships(dtype, precision):
-    for m, c, k in (
-        (802816, 256, 64),
-        (12544, 512, 2048),
-        (49, 2048, 512),
-        (9, 3, 1),
-        (1, 1, 4096),
-    ):
-        tile = default_tile(m, c, k, dtype, precision)
-        assert tile in module.TILES
-        assert tile.block_n < 32 + 2 * c
