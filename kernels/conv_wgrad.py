@@ -19,6 +19,9 @@ from resfast.kernels.launch import launch
 from resfast.kernels.math import affine, relu
 from resfast.kernels.tiles import ConvTile, chip, shipped
 
+# partial results of one weight at most: a quarter of an H100's L2, so that they can stay there
+PARTIAL_BYTES = 12 << 20
+
 
 @triton.jit
 def _divided(n, multiplier, shift):
@@ -319,7 +322,7 @@ def plan(
     """The tile of ``tiles`` and the number of ranges for ``count`` pixels likely to be the fastest.
 
     Waves of programs, bound by products and by loads from L2, take no less time than memory needs
-    for ``traffic`` bytes; then come the partial results, written and read again, 64 MiB at most.
+    for ``traffic`` bytes; then come the partial results, written and read again.
     """
     multiply_adds, memory = 2.2e12, 2.5e12  # a second: in 16 bit by one multiprocessor; bytes
     passes = {2: 1, 4: {"tf32": 2, "tf32x3": 6}.get(precision, 10)}[itemsize]
@@ -332,7 +335,7 @@ def plan(
         products = tile.block_m * tile.block_n * passes
         loads = (tile.block_m + tile.block_n) * itemsize / 2
         step = tile.block_k * (products + 64 * loads) + 1e5
-        most = max(1, min(steps // 4, (64 << 20) // partial))
+        most = max(1, min(steps // 4, PARTIAL_BYTES // partial))
         full = (turns * processors // programs for turns in range(1, 9))
         for splits in {1, *(min(n, most) for n in full if n)}:
             each = triton.cdiv(steps, splits) + tile.stages + 2  # to fill and drain the pipeline
