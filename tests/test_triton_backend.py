@@ -88,11 +88,11 @@ def test_traffic_of_a_block_is_what_its_schedule_says():
     """A bottleneck between others of its kind at step c0, in activations of its inner width."""
     with resfast.fusion("c0", "own"):
         few, more = (
-            training_traffic(ResNet(resfast.Bottleneck, [1, n, 1, 1]), (64, 3, 224, 224))
+            training_traffic(ResNet(resfast.Bottleneck, [1, n, 1, 1]), (256, 3, 224, 224))
             for n in (3, 4)
         )
     moved = sum(t.reads + t.writes for t in more) - sum(t.reads + t.writes for t in few)
-    inner = 64 * 28 * 28 * 128 * 2  # bytes of an inner activation in the second stage; outer: 4
+    inner = 256 * 28 * 28 * 128 * 2  # bytes of an inner activation in the second stage; outer: 4
     forward = (4 + 1) + (1 + 1) + (1 + 1) + (1 + 1) + (1 + 4) + (4 + 4 + 4)
     # dgrad also reads what its epilogue needs: z below, or the shortcut's gradient, z and the mask
     dgrads = (4 + 1 + 1) + (1 + 1 + 1) + (1 + 4 + 4 + 4)
