@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of every shipped kernel variant, without a GPU, as a table.
+"""Ahead-of-time compilation of the kernels with every shipped tile, without a GPU, as a table.
 
     python -m resfast.kernels.aot [--arch 80,90,100] [--only SUBSTRING] [--quick] [--json FILE]
 
@@ -310,7 +310,10 @@ def _conv_wgrad(quick: bool) -> Iterator[Specimen]:
 
 
 def specimens(quick: bool = False) -> list[Specimen]:
-    """Every shipped variant; ``quick``: the first shape in bf16 and the usual tile only."""
+    """Every shipped tile at one layer, and ResNet-50's layers in bf16 at batch 256.
+
+    ``quick``: the first shape in bf16 and the usual tile only.
+    """
     files = _norm, _norm_persistent, _norm_pool, _conv_fprop, _conv_dgrad, _conv_wgrad
     return [each for file in files for each in file(quick)]
 

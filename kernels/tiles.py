@@ -29,9 +29,10 @@ def _tiles(*numbers: str) -> tuple[ConvTile, ...]:
     return tuple(ConvTile(*map(int, n.replace("x", " ").split())) for n in numbers)
 
 
-# block_m x block_n x block_k, warps, stages: none spills registers on sm_80, sm_90 and sm_100 with
-# any epilogue (kernels/aot.py). "normed": where an operand is made from others on the way in, which
-# passes through registers. "exact": float32 as three products of TF32, which takes twice as many.
+# block_m x block_n x block_k, warps, stages: none spills registers on sm_80, sm_90 and sm_100 in
+# the variants that kernels/aot.py compiles; others may, odd channels above all. "normed": where an
+# operand is made from others on the way in, which passes through registers. "exact": float32 as
+# three products of TF32, which takes twice as many.
 CONV_TILES: dict[str, dict[str, tuple[ConvTile, ...]]] = {
     "conv_fprop": {
         "half": _tiles(
