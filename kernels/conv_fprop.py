@@ -46,9 +46,6 @@ def _finish(
     scale_ptr,
     beta_ptr,
     r_ptr,
-    r_mean_ptr,
-    r_scale_ptr,
-    r_beta_ptr,
     y_ptr,
     tile_mean_ptr,
     tile_m2_ptr,
@@ -61,7 +58,7 @@ def _finish(
     HAS_STATS: tl.constexpr,
     HAS_REST: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
     ADD_AFTER_ACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -76,11 +73,10 @@ def _finish(
         for i in tl.static_range(2):
             _finish(
                 left if i == 0 else right,
-                *(bias_ptr, mean_ptr, scale_ptr, beta_ptr),
-                *(r_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr),
+                *(bias_ptr, mean_ptr, scale_ptr, beta_ptr, r_ptr),
                 *(y_ptr, tile_mean_ptr, tile_m2_ptr, tile_rest_ptr),
                 *(i_m, column + i * (BLOCK_N // 2), M, K),
-                *(HAS_BIAS, HAS_STATS, HAS_REST, HAS_NORM, RESIDUAL, RELU, ADD_AFTER_ACT),
+                *(HAS_BIAS, HAS_STATS, HAS_REST, HAS_NORM, HAS_RESIDUAL, RELU, ADD_AFTER_ACT),
                 *(BLOCK_M, BLOCK_N // 2, EPILOGUE_N),
             )
         return
@@ -94,15 +90,10 @@ def _finish(
         mean, scale = vector(mean_ptr, o_n, m_n), vector(scale_ptr, o_n, m_n)
         beta = vector(beta_ptr, o_n, m_n)
         acc = affine(acc, mean[None, :], scale[None, :], beta[None, :])
-    if RELU and (ADD_AFTER_ACT or RESIDUAL == "none"):
+    if RELU and (ADD_AFTER_ACT or not HAS_RESIDUAL):
         acc = relu(acc)
-    if RESIDUAL != "none":
-        b_r = block(r_ptr, row, o, inside, K)
-        if RESIDUAL == "affine":
-            r_mean, r_scale = vector(r_mean_ptr, o_n, m_n), vector(r_scale_ptr, o_n, m_n)
-            r_beta = vector(r_beta_ptr, o_n, m_n)
-            b_r = affine(b_r, r_mean[None, :], r_scale[None, :], r_beta[None, :])
-        acc += b_r
+    if HAS_RESIDUAL:
+        acc += block(r_ptr, row, o, inside, K)
         if RELU and not ADD_AFTER_ACT:
             acc = relu(acc)
     b_y = acc.to(y_ptr.dtype.element_ty)
@@ -131,9 +122,6 @@ def _conv_fprop_kernel(
     scale_ptr,
     beta_ptr,
     r_ptr,
-    r_mean_ptr,
-    r_scale_ptr,
-    r_beta_ptr,
     y_ptr,
     tile_mean_ptr,
     tile_m2_ptr,
@@ -159,7 +147,7 @@ def _conv_fprop_kernel(
     HAS_STATS: tl.constexpr,
     HAS_REST: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
     ADD_AFTER_ACT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -219,9 +207,9 @@ def _conv_fprop_kernel(
 
     _finish(
         acc,
-        *(bias_ptr, mean_ptr, scale_ptr, beta_ptr, r_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr),
+        *(bias_ptr, mean_ptr, scale_ptr, beta_ptr, r_ptr),
         *(y_ptr, tile_mean_ptr, tile_m2_ptr, tile_rest_ptr, i_m, i_n * BLOCK_N, M, K),
-        *(HAS_BIAS, HAS_STATS, HAS_REST, HAS_NORM, RESIDUAL, RELU, ADD_AFTER_ACT),
+        *(HAS_BIAS, HAS_STATS, HAS_REST, HAS_NORM, HAS_RESIDUAL, RELU, ADD_AFTER_ACT),
         *(BLOCK_M, BLOCK_N, EPILOGUE_N),
     )
 
@@ -236,7 +224,6 @@ def conv_fprop(
     stats: bool = False,
     norm: Affine | None = None,
     residual: Tensor | None = None,
-    residual_affine: Affine | None = None,
     relu: bool = False,
     add_after_act: bool = False,
     precision: str = "ieee",
@@ -245,7 +232,7 @@ def conv_fprop(
     """z = conv(a, weight) + bias, ``[N, K, P, Q]``; a is x, or relu(affine(x)) with a prologue.
 
     ``stats``: also the statistics of z, as rounded, per tile of pixels. ``norm``: y instead of z,
-    y = act(u + r) or act(u) + r with u = affine(z), z not rounded, and r as in ``norm_apply``.
+    y = act(u + r) or act(u) + r with u = affine(z), z not rounded, and r the residual.
     """
     if g.groups != 1:
         raise ValueError(f"groups must be 1, got {g.groups}")
@@ -277,21 +264,17 @@ def conv_fprop(
         _touched(height, p, r, g.stride[0], g.padding[0], g.dilation[0])
         * _touched(width, q, s, g.stride[1], g.padding[1], g.dilation[1])
     )  # fmt: skip
-    if residual is None:
-        kind = "none"
-    else:
-        kind = "raw" if residual_affine is None else "affine"
     # elements of a tile that the epilogue takes at a time: 128 registers a thread are enough
     per_thread = 16 if residual is not None or x.dtype == torch.float32 else 32
     launch(
         _conv_fprop_kernel,
         (count * triton.cdiv(k, tile.block_n),),
         *(x, *(prologue or absent), weight, bias, *(norm or absent)),
-        *(residual, *(residual_affine or absent), y, *parts),
+        *(residual, y, *parts),
         *(m, c, k, height, width, p, q),
         reads=(
             *(n * sampled * c * x.element_size(), *(prologue or ()), weight, bias),
-            *(*(norm or ()), residual, *(residual_affine or ())),
+            *(*(norm or ()), residual),
         ),
         writes=(y, *parts),
         R=r,
@@ -308,7 +291,7 @@ def conv_fprop(
         HAS_STATS=stats,
         HAS_REST=tiles is not None and tiles.rest is not None,
         HAS_NORM=norm is not None,
-        RESIDUAL=kind,
+        HAS_RESIDUAL=residual is not None,
         RELU=relu,
         ADD_AFTER_ACT=add_after_act and residual is not None,
         PRECISION=precision,

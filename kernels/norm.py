@@ -768,7 +768,6 @@ def norm_backward_apply(
     affine: Affine,
     *,
     y: Tensor | None = None,
-    mask: Tensor | None = None,
     relu: bool = True,
     coef_z: Tensor | None = None,
     coef_1: Tensor | None = None,
@@ -785,7 +784,7 @@ def norm_backward_apply(
     """
     m, c = pixels_channels(z)
     tile = tile or default_tile(m, c, z.element_size(), z.device)
-    source, keeper = mask_source(c, y, mask, relu)
+    source, keeper = mask_source(c, y, None, relu)
     z2, mean2, scale2, coef_z2, coef_12, dz2 = second or (z, *affine[:2], None, None, dz)
     used = () if second is None else (None if coef_z2 is None else z2, *second[1:5])
     launch(

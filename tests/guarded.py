@@ -151,15 +151,15 @@ def _uninitialised_poisoned() -> Iterator[None]:
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        settings.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        settings.fill_uninitialized_memory,
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
-    settings.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        settings.fill_uninitialized_memory = before[2]  # type: ignore[attr-defined]
+        settings.fill_uninitialized_memory = before[2]
 
 
 @contextlib.contextmanager

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # CPU: Triton's interpreter, see conftest
 
-from guarded import guarded  # noqa: E402
+from guarded import guarded
 
-from resfast.backends.interface import (  # noqa: E402
+from resfast.backends.interface import (
     Affine,
     Below,
     ConvGeometry,
@@ -19,9 +18,11 @@ from resfast.backends.interface import (  # noqa: E402
     nhwc,
     pack_mask,
 )
-from resfast.kernels.conv_dgrad import conv_dgrad  # noqa: E402
-from resfast.kernels.launch import count_traffic  # noqa: E402
-from resfast.kernels.tiles import ConvTile  # noqa: E402
+from resfast.kernels.conv_dgrad import conv_dgrad
+from resfast.kernels.launch import count_traffic
+from resfast.kernels.tiles import ConvTile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # CPU: Triton's interpreter, see conftest
 
 # of each storage dtype: the relative error of rounding to it
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

@@ -9,15 +9,16 @@ import torch
 from torch.nn.grad import conv2d_weight
 
 pytest.importorskip("triton")
+
+from guarded import check_bounds
+
+from resfast.backends.interface import Affine, ConvGeometry, NormGradient, empty_nhwc
+from resfast.kernels import conv_wgrad as module
+from resfast.kernels.conv_wgrad import conv_wgrad
+from resfast.kernels.launch import capture, count_traffic
+from resfast.kernels.tiles import ConvTile
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # CPU: Triton's interpreter, see conftest
-
-from guarded import check_bounds  # noqa: E402
-
-from resfast.backends.interface import Affine, ConvGeometry, NormGradient, empty_nhwc  # noqa: E402
-from resfast.kernels import conv_wgrad as module  # noqa: E402
-from resfast.kernels.conv_wgrad import conv_wgrad  # noqa: E402
-from resfast.kernels.launch import capture, count_traffic  # noqa: E402
-from resfast.kernels.tiles import ConvTile  # noqa: E402
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 ROUNDOFF = {HALF: 2.0**-11, BFLOAT: 2.0**-8, FLOAT: 2.0**-24}

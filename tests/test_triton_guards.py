@@ -8,20 +8,20 @@ from typing import NamedTuple
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-tl = triton.language
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # CPU: Triton's interpreter, see conftest
+pytest.importorskip("triton")
 
-from guarded import OutOfBounds, check_bounds, guarded, naming  # noqa: E402
+import triton
+import triton.language as tl
+from guarded import OutOfBounds, check_bounds, guarded, naming
 
-from resfast.backends.interface import (  # noqa: E402
+from resfast.backends.interface import (
     Affine,
     Below,
     ConvGeometry,
     NormGradient,
     mask_shape,
 )
-from resfast.kernels import (  # noqa: E402
+from resfast.kernels import (
     conv_dgrad,
     conv_fprop,
     conv_wgrad,
@@ -29,8 +29,10 @@ from resfast.kernels import (  # noqa: E402
     norm,
     norm_pool,
 )
-from resfast.kernels.launch import launch as run_kernel  # noqa: E402
-from resfast.kernels.tiles import ConvTile  # noqa: E402
+from resfast.kernels.launch import launch as run_kernel
+from resfast.kernels.tiles import ConvTile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # CPU: Triton's interpreter, see conftest
 
 interpreted = pytest.mark.skipif(
     not launch.INTERPRETED, reason="only the interpreter sees addresses"
@@ -253,7 +255,6 @@ def _norm_calls(shape, dtype, tile):
         calls |= {
             "apply, mask": lambda: apply(r, mask=new_mask()),
             "reduce by mask": lambda: reduce(mask=mask, du=new()),
-            "dz by mask": lambda: gradient(mask=mask, **batch),
         }
     return calls
 
@@ -392,13 +393,13 @@ def _norm_gradient(dz, running=False):
 def test_conv_fprop_stays_in_bounds(name, tile, dtype):
     conv = CONVS[name]
     x, w, r = (_nhwc(s, dtype) for s in (conv.shape, conv.weight, conv.output))
-    above, r_affine, below = _affine(conv.k), _affine(conv.k), _affine(conv.shape[1])
+    above, below = _affine(conv.k), _affine(conv.shape[1])
     (bias,) = _vectors(conv.k, 1)
     run = partial(conv_fprop.conv_fprop, x, w, g=conv.geometry, tile=tile)
     check_bounds(lambda: run(bias))
     check_bounds(lambda: run(None, prologue=below, stats=True))
     check_bounds(lambda: run(bias, norm=above, residual=r, relu=True))
-    check_bounds(lambda: run(None, norm=above, residual=r, residual_affine=r_affine))
+    check_bounds(lambda: run(None, norm=above, residual=r))
 
 
 @pytest.mark.parametrize(("name", "tile", "dtype"), CONV_RUNS, ids=CONV_IDS)

@@ -360,7 +360,7 @@ class Backend:
         add_after_act: bool,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(y, mean, var): norm_stats and norm_apply."""
+        """(y, mean, var): norm_stats and norm_apply; ``mask`` receives y's bit mask."""
         raise NotImplementedError
 
     def norm_backward(
@@ -373,8 +373,13 @@ class Backend:
         relu: bool,
         activation: Tensor | None,
         du: Tensor | None,
+        dy2: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dz, Σdu, Σdu·x̂) in training: norm_backward_reduce and norm_backward_apply."""
+        """(dz, Σdu, Σdu·x̂) in training: norm_backward_reduce and norm_backward_apply.
+
+        The gradient is dy + dy2; ``mask`` stands for y.
+        """
         raise NotImplementedError
 
     # ---- the stem's max-pool, on top of the norm

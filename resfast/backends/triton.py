@@ -435,13 +435,17 @@ class TritonBackend(Backend):
         relu: bool,
         activation: Tensor | None,
         du: Tensor | None,
+        dy2: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _kernels().norm.norm_backward_persistent(
             nhwc(dy),
             nhwc(z),
             affine,
             rstd,
+            dy2=None if dy2 is None else nhwc(dy2),
             y=None if y is None else nhwc(y),
+            mask=mask,
             relu=relu,
             activation=activation,
             du=du,

@@ -91,8 +91,8 @@ def forward(
     stats: Statistics | None = None,
 ) -> tuple[Tensor, Statistics]:
     """act(norm(z) + r) or act(norm(z)) + r, and the statistics, where they are not known yet."""
-    if stats is None and training and count(z):
-        once = forward_once(z, gamma, beta, residual, eps, relu, add_after_act)
+    if stats is None and training:
+        once = forward_once(z, gamma, beta, eps, residual, None, relu, add_after_act)
         if once is not None:
             return once
     if stats is None:
@@ -105,11 +105,11 @@ def forward_once(
     z: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
-    residual: Tensor | None,
     eps: float,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
     relu: bool = True,
     add_after_act: bool = False,
-    mask: Tensor | None = None,
 ) -> tuple[Tensor, Statistics] | None:
     """``forward`` by the batch's statistics in one read of z, or None where that does not fit."""
     backend, declined = find("norm_apply", z)
@@ -157,13 +157,10 @@ def backward(
     new tensor; dy itself will do if the caller owns it), ``du``, the residual's gradient, and
     ``activation``.
     """
-    backend, declined = find("norm_backward_apply", z)
-    if training and count(z) and backend.reads_once(z):
-        report("norm_backward_apply", backend, z, declined, ("norm_backward_reduce",))
-        dz, sum_du, sum_du_xhat = backend.norm_backward(
-            dy, z, norm.affine, norm.rstd, y, relu, activation, du
-        )
-        return NormGradients(dz, sum_du_xhat, sum_du)
+    if training:
+        once = backward_once(dy, z, norm, y, relu, activation=activation, du=du)
+        if once is not None:
+            return once
     sum_du, sum_du_xhat = select("norm_backward_reduce", z).norm_backward_reduce(
         dy, z, norm.affine, norm.rstd, y, relu, activation
     )
@@ -171,5 +168,28 @@ def backward(
     dz = empty_nhwc(z.shape, z) if dz is None else dz
     select("norm_backward_apply", z).norm_backward_apply(
         dy, z, norm.affine, y, relu, coef_z, coef_1, dz, du
+    )
+    return NormGradients(dz, sum_du_xhat, sum_du)
+
+
+def backward_once(
+    dy: Tensor,
+    z: Tensor,
+    norm: Norm,
+    y: Tensor | None,
+    relu: bool,
+    *,
+    activation: Tensor | None = None,
+    du: Tensor | None = None,
+    dy2: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> NormGradients | None:
+    """``backward`` in training of dy + dy2 in one read of z, or None where that does not fit."""
+    backend, declined = find("norm_backward_apply", z)
+    if not backend.reads_once(z):
+        return None
+    report("norm_backward_apply", backend, z, declined, ("norm_backward_reduce",))
+    dz, sum_du, sum_du_xhat = backend.norm_backward(
+        dy, z, norm.affine, norm.rstd, y, relu, activation, du, dy2, mask
     )
     return NormGradients(dz, sum_du_xhat, sum_du)

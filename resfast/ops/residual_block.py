@@ -9,6 +9,7 @@ the shortcut's gradient, masks it by the ReLU below and takes the sums of the no
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -141,49 +142,64 @@ def _kernel(
     zs: list[Tensor] = []
     statistics: list[N.Statistics] = []
 
-    def normalised(layer: _Layer, a: C.Activation, above: _Layer | None = None) -> C.Activation:
-        """``above``: the layer that reads the activation, if a convolution does."""
+    def convolved(layer: _Layer, a: C.Activation) -> tuple[Tensor, N.Statistics | None]:
         z, stats = C.fprop(a, layer.weight, None, layer.geometry, layer.training)
         _check_layer(z, layer)
-        once = None
-        if (
-            stats is None
-            and above is not None
-            and layer.training
-            and not C.fuses("conv_fprop", z, above.weight, above.geometry).prologue
-        ):
-            once = N.forward_once(z, layer.gamma, layer.beta, None, layer.eps)
-        y = None
-        if once is not None:
-            y, stats = once
+        return z, stats
+
+    def normalised(
+        layer: _Layer, z: Tensor, stats: N.Statistics | None, y: Tensor | None = None
+    ) -> C.Activation:
         if stats is None:
             stats = N.statistics(z, layer.mean, layer.var, layer.training)
         statistics.append(stats)
         return C.Activation(z, layer.prepare(stats), y)
 
+    def once(
+        layer: _Layer,
+        z: Tensor,
+        stats: N.Statistics | None,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor | None, N.Statistics | None]:
+        """relu(norm(z) + residual) in one read, where the statistics are not known and it fits."""
+        done = None
+        if stats is None and layer.training:
+            done = N.forward_once(z, layer.gamma, layer.beta, layer.eps, residual, mask)
+        return (None, stats) if done is None else done
+
     for block in blocks:
         a = C.Activation(x)
-        for layer, above in zip(block.chain, [*block.chain[1:], None], strict=True):
-            a = normalised(layer, a, above)
-            zs.append(a.z)
+        for layer, above in itertools.pairwise(block.chain):
+            z, stats = convolved(layer, a)
+            y = None
+            if not C.fuses("conv_fprop", z, above.weight, above.geometry).prologue:
+                y, stats = once(layer, z, stats)
+            a = normalised(layer, z, stats, y)
+            zs.append(z)
+        last = block.chain[-1]
+        z, stats = convolved(last, a)
+        mask = written = None
+        if pack_masks:
+            mask = z.new_empty(mask_shape(z.shape), dtype=torch.uint8)
+            masks.append(mask)
+            written = mask if mask.numel() else None
+        y = None
+        if block.shortcut is None and not memory_efficient:
+            check_residual(residual, z, "shortcut")
+            y, stats = once(last, z, stats, residual, written)
+        a = normalised(last, z, stats, y)
+        zs.append(z)
         r = C.Activation(residual)
         if block.shortcut is not None:
-            r = normalised(block.shortcut, r)
+            r = normalised(block.shortcut, *convolved(block.shortcut, r))
             zs.append(r.z)
-        check_residual(r.z, a.z, "shortcut")
-        assert a.norm is not None
-        mask = None
-        if pack_masks:
-            mask = a.z.new_empty(mask_shape(a.z.shape), dtype=torch.uint8)
-            masks.append(mask)
-        x = residual = N.apply(
-            a.z,
-            a.norm,
-            r.z,
-            r.norm,
-            out=a.z if memory_efficient else None,
-            mask=mask if mask is not None and mask.numel() else None,
-        )
+        check_residual(r.z, z, "shortcut")
+        if y is None:
+            assert a.norm is not None
+            out = z if memory_efficient else None
+            y = N.apply(z, a.norm, r.z, r.norm, out=out, mask=written)
+        x = residual = y
         del zs[len(zs) - len(block.layers) + block.kept(memory_efficient) :]
         outs.append(x)
     return x, outs[:-1], masks, zs, [s.mean for s in statistics], [s.var for s in statistics]
@@ -278,13 +294,11 @@ class _End(NamedTuple):
 class _Backward:
     """One run of the backward op, from the last block to the first."""
 
-    def __init__(self, blocks: list[_Block], zs: Sequence[Tensor], need_weights: Sequence[bool]):
-        layers = [layer for block in blocks for layer in block.layers]
-        self.layers = layers
-        self.norms: list[N.Norm | None] = [None] * len(layers)
+    def __init__(self, layers: int, need_weights: Sequence[bool]):
+        self.norms: list[N.Norm | None] = [None] * layers
         self.need_weights = need_weights
-        self.dweights: list[Tensor | None] = [None] * len(layers)
-        self.norm_gradients: list[N.NormGradients | None] = [None] * len(layers)
+        self.dweights: list[Tensor | None] = [None] * layers
+        self.norm_gradients: list[N.NormGradients | None] = [None] * layers
 
     def norm(self, layer: _Layer) -> N.Norm:
         made = self.norms[layer.position]
@@ -375,6 +389,13 @@ class _Backward:
         du, sums = incoming.dy, incoming.sums
         if sums is None:
             du = empty_nhwc(z.shape, z)
+            if shortcut is None and layer.training and not self.lazily(layer, du):
+                y = out if mask is None else None
+                once = N.backward_once(
+                    incoming.dy, z, self.norm(layer), y, True, du=du, dy2=incoming.dy2, mask=mask
+                )
+                if once is not None:
+                    return _End(once.dz, once, du)
             backend = select("norm_backward_reduce", z)
             sums = backend.norm_join_reduce(
                 incoming.dy, incoming.dy2, out, self.below(block, z, mask, zd), du
@@ -470,7 +491,7 @@ def _backward_kernel(
     )
     check_residual(dy, out, "dy")
     need_x, need_shortcut_input, *need_layers = need
-    run = _Backward(blocks, zs, need_layers[: len(weights)])
+    run = _Backward(len(weights), need_layers[: len(weights)])
     need_norms = need_layers[len(weights) :]
     outputs = [*outs, out]
     starts = [0]
