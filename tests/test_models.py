@@ -765,3 +765,74 @@ def test_bad_calls():
         model(torch.randn(2, 4, 32, 32))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         model(torch.randn(1, 3, 32, 32))
+
+
+# ---- blocks in a row as one op
+
+
+def _hooked(model, calls):
+    model.layer2[0].register_forward_hook(lambda *_: calls.append("block"))
+
+
+def _hooked_child(model, calls):
+    model.layer2[0].bn2.register_forward_hook(lambda *_: calls.append("child"))
+
+
+def _hooked_stage(model, calls):
+    model.layer2.register_forward_hook(lambda *_: calls.append("stage"))
+
+
+def _checkpointed(model, calls):
+    model.layer2[0].checkpoint = True
+
+
+def _replaced(model, calls):
+    model.layer2[0].bn1 = nn.GroupNorm(2, 128)
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (None, [5]),
+        (_hooked, [2, 2]),  # layer1 and what comes after the hooked block
+        (_hooked_child, [2, 2]),
+        (_hooked_stage, [2, 2]),
+        (_checkpointed, [2, 2]),
+        (_replaced, [2, 2]),
+    ],
+    ids=lambda v: getattr(v, "__name__", None),
+)
+def test_rows_of_blocks_are_one_op_and_leave_out_what_is_not_plain(monkeypatch, change, rows):
+    """Outputs and gradients are the same as block by block; hooks and checkpoints keep working."""
+    import resfast.nn.blocks as module
+
+    model = ResNet(BasicBlock, [2, 1, 1, 1], stem="cifar", num_classes=3)
+    calls: list[str] = []
+    if change is not None:
+        change(model, calls)
+    alone = copy.deepcopy(model)
+    seen: list[int] = []
+    original = module.residual_blocks
+
+    def counted(x, blocks, **options):
+        seen.append(len(blocks))
+        return original(x, blocks, **options)
+
+    monkeypatch.setattr(module, "residual_blocks", counted)
+    x = torch.randn(2, 3, 16, 16)
+    alone(x).square().sum().backward()
+    assert seen == []
+    once = list(calls)
+    monkeypatch.setattr(module, "chains", lambda x: True)
+    model(x).square().sum().backward()
+    assert seen == rows
+    assert calls == 2 * once
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    for ours, theirs in zip(model.buffers(), alone.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+    seen.clear()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    model(x)
+    if change is None:
+        assert seen == [2, 1, 1, 1], "a row ends with its stage, where gradients are exchanged"
