@@ -306,7 +306,8 @@ def merge_stats(tiles: TileStats) -> tuple[Tensor, Tensor]:
     groups = triton.cdiv(t, MERGE_GROUP) if t > 2 * MERGE_GROUP else 1
     group = MERGE_GROUP if groups > 1 else max(1, t)
     dtype = torch.float64 if groups > 1 else torch.float32
-    out_mean, out_m2 = torch.empty(2, groups, c, dtype=dtype, device=mean.device).unbind()
+    # apart: ops return them, and an op's outputs may not share memory
+    out_mean, out_m2 = (torch.empty(groups, c, dtype=dtype, device=mean.device) for _ in range(2))
     launch(
         _merge_stats_kernel,
         (triton.cdiv(c, 8), groups),
@@ -902,7 +903,8 @@ def norm_forward_persistent(
     check_mask(c, mask)
     tile = persistent_tile(m, z.element_size())
     y = empty_nhwc(z.shape, z)
-    mean, var = torch.empty(2, c, dtype=torch.float32, device=z.device).unbind()
+    # apart: ops return them, and an op's outputs may not share memory
+    mean, var = (torch.empty(c, dtype=torch.float32, device=z.device) for _ in range(2))
     launch(
         _norm_forward_persistent_kernel,
         (triton.cdiv(c, tile.block_c), 1),
@@ -1005,7 +1007,8 @@ def norm_backward_persistent(
     tile = persistent_tile(m, z.element_size())
     source, keeper = mask_source(c, y, mask, relu)
     dz = empty_nhwc(z.shape, z)
-    sum_du, sum_du_xhat = torch.empty(2, c, dtype=torch.float32, device=z.device).unbind()
+    # apart: ops return them, and an op's outputs may not share memory
+    sum_du, sum_du_xhat = (torch.empty(c, dtype=torch.float32, device=z.device) for _ in range(2))
     launch(
         _norm_backward_persistent_kernel,
         (triton.cdiv(c, tile.block_c), 1),

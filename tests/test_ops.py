@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ownership import check_own_memory
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -203,7 +204,14 @@ def test_only_the_gradients_asked_for_are_computed():
     assert norm.weight.grad is None
 
 
-# ---- torch.library's own checks
+# ---- torch.library's own checks, and its rule that outputs share no memory
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("case", [*op_cases(True), *op_cases(False)], ids=str)
+def test_outputs_own_their_memory(case, backend):
+    with resfast.backend(backend):
+        check_own_memory(case)
 
 
 def _vectors(norm):

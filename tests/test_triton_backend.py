@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from ownership import check_own_memory
 
 import resfast
 from resfast.backends import select
@@ -63,6 +64,13 @@ def test_error_at_every_step(name, step):
 def test_error_beside_the_librarys_convolutions(convolutions):
     with resfast.fusion("c+", convolutions):
         _assert_ok(judge_seeds(CASES[BLOCKS[1]], torch.float32, 8, DEVICE, ("nhwc",)))
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("name", ["conv3x3s2_bn_add_relu-train", *SAMPLE[:1], *BLOCKS])
+def test_outputs_own_their_memory(name, step):
+    with resfast.fusion(step, "own"):
+        check_own_memory(CASES[name], DEVICE)
 
 
 # ---- what it moves
@@ -167,6 +175,8 @@ def test_compiles_without_a_graph_break(training):
         expected = model(x)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), expected)
+        if training:
+            compiled(x).sum().backward()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="nothing is emulated here")

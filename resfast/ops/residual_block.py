@@ -406,7 +406,8 @@ class _Backward:
         gd = second = None
         if shortcut is not None:
             assert zd is not None
-            second, gd = self.gradient(shortcut, du, zd, (sums[0], sums[2]))
+            # Σdu is dbeta of both norms: outputs may not share memory
+            second, gd = self.gradient(shortcut, du, zd, (sums[0].clone(), sums[2]))
             dzd = second
         if not (self.lazily(layer, du) and (shortcut is None or self.lazily(shortcut, du))):
             dz = empty_nhwc(z.shape, z)
