@@ -139,6 +139,7 @@ def build_parser() -> Parser:
     traffic.add_argument("--batch", type=_positive, default=256, help="default: 256")
     traffic.add_argument("--image", type=_positive, default=224, help="default: 224")
     traffic.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
+    traffic.add_argument("--infer", action="store_true", help="forward in eval mode instead")
     _add_step_option(traffic, shown="the one in force")
     traffic.add_argument(
         "--convolutions", choices=("auto", "own", "library"), help="default: the choice in force"
@@ -314,7 +315,8 @@ def _traffic(arguments: argparse.Namespace) -> int:
     check_model(arguments.model, list_models())
     shape = (arguments.batch, 3, arguments.image, arguments.image)
     with resfast.fusion(arguments.step, arguments.convolutions):
-        ledger = traffic.training_traffic(
+        count = traffic.inference_traffic if arguments.infer else traffic.training_traffic
+        ledger = count(
             resfast.create_model(arguments.model), shape, numerics.DTYPES[arguments.dtype]
         )
         print(traffic.summary(ledger, arguments.batch))

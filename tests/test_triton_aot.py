@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 import resfast.kernels
-from resfast.kernels import aot
+from resfast.diagnostics import aot
 from resfast.kernels.tiles import CONV_TILES
 
 
@@ -68,7 +68,7 @@ def test_the_table_has_every_shipped_tile(launches):
 
 def test_the_usual_variants_compile_within_the_rules(tmp_path):
     report = tmp_path / "rows.json"
-    done = _python("-m", "resfast.kernels.aot", "--quick", "--arch", 90, "--json", report)
+    done = _python("-m", "resfast.diagnostics.aot", "--quick", "--arch", 90, "--json", report)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(report.read_text())
     assert {row["arch"] for row in rows} == {90}
@@ -86,7 +86,7 @@ def test_the_usual_variants_compile_within_the_rules(tmp_path):
 WRONG = """
 import sys, torch, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
-from resfast.kernels import aot
+from resfast.diagnostics import aot
 from resfast.kernels.tiles import CONV_TILES
 from resfast.kernels.launch import Launch
 
@@ -158,7 +158,7 @@ def test_each_rule_finds_what_breaks_it(tmp_path):
 
 
 def test_interpreting_is_refused():
-    done = _python("-m", "resfast.kernels.aot", interpret=True)
+    done = _python("-m", "resfast.diagnostics.aot", interpret=True)
     assert done.returncode == 2
     assert "unset TRITON_INTERPRET" in done.stderr
 
@@ -168,6 +168,6 @@ def test_interpreting_is_refused():
     [(["--arch", "75"], "not among"), (["--arch", "x"], "not numbers"), (["--only", "?"], "'?'")],
 )
 def test_wrong_arguments_are_refused(arguments, message):
-    done = _python("-m", "resfast.kernels.aot", *arguments)
+    done = _python("-m", "resfast.diagnostics.aot", *arguments)
     assert done.returncode == 2
     assert message in done.stderr

@@ -15,7 +15,7 @@ from ownership import check_own_memory
 import resfast
 from resfast.backends import select
 from resfast.backends.fusion import CONVOLUTIONS, STEPS
-from resfast.diagnostics.traffic import training_traffic
+from resfast.diagnostics.traffic import inference_traffic, training_traffic
 from resfast.models import ResNet
 from resfast.testing import HALF_DTYPES, judge_seeds, op_cases
 
@@ -90,6 +90,33 @@ def test_traffic_of_resnet50(step, limit):
     design = Path(__file__).parent.parent / "docs" / "design.md"
     (row,) = [line for line in design.read_text().splitlines() if line.startswith(f"| `{step}` |")]
     assert row.split("|")[-2].strip() == f"{moved:.1f}"
+
+
+def test_inference_moves_what_its_convolutions_read_and_write():
+    """Norms, additions and ReLUs are in the epilogues; beside them the max-pool and the head."""
+    x = torch.empty(64, 3, 224, 224, device="meta")
+    model = resfast.unfused(resfast.resnet50()).to("meta").eval()
+    expected = 0
+    for name, conv in model.named_modules():
+        if isinstance(conv, torch.nn.Conv2d):
+            shortcuts = name.endswith("conv3")  # its epilogue reads the block's other branch
+
+            def add(conv, inputs, output, shortcuts=shortcuts):
+                nonlocal expected
+                step = conv.stride[0] if conv.kernel_size == (1, 1) else 1  # pixels it reads
+                expected += inputs[0][:, :, ::step, ::step].numel() + conv.weight.numel()
+                expected += (1 + shortcuts) * output.numel()
+
+            conv.register_forward_hook(add)
+    model(x)
+    with resfast.fusion("c", "own"):
+        ledger = inference_traffic(resfast.resnet50(), tuple(x.shape))
+    convolutions = [t for t in ledger if t.kernel == "_conv_fprop_kernel"]
+    assert len(convolutions) == 53
+    vectors = 53 * 3 * 4 * 2048  # at most: float32 affine
+    moved = sum(t.reads + t.writes for t in convolutions)
+    assert 2 * expected <= moved <= 2 * expected + vectors
+    assert not any("norm_apply_kernel" in t.kernel for t in ledger)
 
 
 def test_traffic_of_a_block_is_what_its_schedule_says():

@@ -61,8 +61,11 @@ def _bytes(t: Tensor) -> int:
     return count * t.element_size()
 
 
+Shape = tuple[int, int, int, int]
+
+
 def training_traffic(
-    model: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype = torch.bfloat16
+    model: nn.Module, shape: Shape, dtype: torch.dtype = torch.bfloat16
 ) -> list[Any]:
     """Forward and backward of a classifier on images of ``shape``: a ``Traffic`` per kernel.
 
@@ -74,17 +77,35 @@ def training_traffic(
     """
     from resfast.kernels.launch import count_traffic
 
+    model, x = _on_meta(model, shape, dtype)
+    target = torch.empty(shape[0], dtype=torch.int64, device="meta")
+    with count_traffic() as ledger, backend("triton"), _CountEveryOp():
+        F.cross_entropy(model(x), target).backward()
+    return ledger
+
+
+def inference_traffic(
+    model: nn.Module, shape: Shape, dtype: torch.dtype = torch.bfloat16
+) -> list[Any]:
+    """Forward in eval mode without gradients; otherwise as ``training_traffic``."""
+    from resfast.kernels.launch import count_traffic
+
+    model, x = _on_meta(model, shape, dtype)
+    with torch.no_grad(), count_traffic() as ledger, backend("triton"), _CountEveryOp():
+        model.eval()(x)
+    return ledger
+
+
+def _on_meta(model: nn.Module, shape: Shape, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     model = copy.deepcopy(model).to("meta")
     for m in model.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)):
             m.to(dtype)
         if isinstance(m, nn.Conv2d):
             m.weight.data = m.weight.data.contiguous(memory_format=torch.channels_last)
-    x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
-    target = torch.empty(shape[0], dtype=torch.int64, device="meta")
-    with count_traffic() as ledger, backend("triton"), _CountEveryOp():
-        F.cross_entropy(model(x), target).backward()
-    return ledger
+    return model, torch.empty(shape, dtype=dtype, device="meta").to(
+        memory_format=torch.channels_last
+    )
 
 
 def summary(ledger: list[Any], images: int) -> str:
