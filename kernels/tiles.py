@@ -55,7 +55,7 @@ CONV_TILES: dict[str, dict[str, tuple[ConvTile, ...]]] = {
         ),
         "tf32": _tiles("128x128x32 8 3", "128x64x32 4 3", "64x64x32 4 3", "64x32x32 4 4"),
         "tf32 normed": _tiles("128x64x32 4 3", "64x64x32 4 3", "64x32x32 4 4"),
-        "exact": _tiles("64x64x32 4 3", "64x32x32 4 4"),
+        "exact": _tiles("64x64x32 8 3", "64x32x32 4 4"),
         "exact normed": _tiles("64x64x32 4 3", "64x32x32 4 4"),
     },
     "conv_dgrad": {

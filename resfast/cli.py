@@ -19,6 +19,7 @@ EXAMPLES = {
     "": """examples:
   resfast train                          train on real handwritten digits, about a minute
   resfast predict runs/NAME              classify the images it never saw
+  resfast gradflow                       why shortcuts matter, in a picture
   resfast bench                          compare speed with what people use instead
   resfast tune                           measure the Triton kernels' tiles on this GPU
   resfast traffic                        bytes of memory a training step moves
@@ -32,8 +33,11 @@ EXAMPLES = {
 Ctrl-C saves a checkpoint first. Exit status: 0 done, 1 failed, 2 bad options, 130 stopped.""",
     "predict": """examples:
   resfast predict runs/NAME
-  resfast predict runs/NAME seven.png --invert
+  resfast predict runs/NAME seven.png --invert --top 5
   resfast predict runs/NAME/best.pt --json""",
+    "gradflow": """examples:
+  resfast gradflow
+  resfast gradflow --depths 20,56 --data photos/ --out flow.svg""",
     "bench": """examples:
   resfast bench
   resfast bench --model resnet50 --train --batch 8 --peers all --floor --save out.json
@@ -125,7 +129,20 @@ def build_parser() -> Parser:
         "--invert", action="store_true", help="dark ink on light paper (digits are light on dark)"
     )
     predict.add_argument("--show", type=_count, default=5, help="test images to list (default: 5)")
+    predict.add_argument("--top", type=_positive, default=1, help="classes to name (default: 1)")
     predict.add_argument("--json", action="store_true", help="machine-readable output")
+
+    gradflow = _command(
+        commands, "gradflow", "how shortcuts carry gradients, in a picture", _gradflow
+    )
+    gradflow.add_argument(
+        "--depths", type=_numbers, default=(8, 20, 56, 110), help="6·n + 2 (default: 8,20,56,110)"
+    )
+    gradflow.add_argument("--data", default="digits", help="as in train (default: digits)")
+    gradflow.add_argument("--seed", type=_count, default=0, help="default: 0")
+    gradflow.add_argument(
+        "--out", type=Path, default=Path("gradflow.png"), help="default: gradflow.png"
+    )
 
     bench = _command(commands, "bench", "race a model against what people use instead", _bench)
     _add_bench_options(bench)
@@ -280,7 +297,14 @@ def _predict(arguments: argparse.Namespace) -> int:
         invert=arguments.invert,
         as_json=arguments.json,
         show=arguments.show,
+        top=arguments.top,
     )
+
+
+def _gradflow(arguments: argparse.Namespace) -> int:
+    from resfast.training.gradflow import gradflow
+
+    return gradflow(arguments.depths, arguments.data, arguments.seed, arguments.out)
 
 
 def _work(arguments: argparse.Namespace) -> Any:
@@ -371,6 +395,10 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
 
 
 def _seconds(text: str) -> float:

@@ -210,6 +210,19 @@ def test_predict_reads_images(capsys, run, tmp_path):
     assert right >= 16
 
 
+def test_predict_names_the_likeliest_classes(capsys, run):
+    status, out, _ = call(capsys, "predict", str(run), "--json", "--show", "2", "--top", "3")
+    assert status == 0
+    for row in json.loads(out)["predictions"]:
+        assert len({each["class"] for each in row["top"]}) == 3
+        chances = [each["probability"] for each in row["top"]]
+        assert chances == sorted(chances, reverse=True)
+        assert (row["predicted"], row["probability"]) == tuple(row["top"][0].values())
+    _, out, _ = call(capsys, "predict", str(run), "--show", "1", "--top", "20")
+    (line,) = [line for line in out.splitlines() if "test image 0" in line]
+    assert line.count("%)") == 10  # all classes there are
+
+
 def test_predict_refuses_data_it_may_have_trained_on(capsys, run):
     status, _, err = call(capsys, "predict", str(run), "--data", "synthetic")
     assert status == 1

@@ -319,11 +319,12 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
 
     def poisoned(indices):
         inputs, labels = original(indices)
-        return (inputs * float("nan") if trainer.step == 30 else inputs), labels
+        return (inputs * float("nan") if trainer.step >= 30 else inputs), labels
 
     trainer.batch = poisoned
-    with pytest.raises(NonFiniteError, match=r"loss became nan .*step 31, epoch 2.*00000019"):
+    with pytest.raises(NonFiniteError, match=r"loss became nan .*step 34, epoch 2.*00000019"):
         trainer.fit()
+    assert trainer.skipped == 3
     state, path = CheckpointFolder(tmp_path).load_latest()
     assert path.name == "checkpoint-00000019.pt"
     assert all(torch.isfinite(v).all() for v in state["model"].values())

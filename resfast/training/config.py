@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
-OPTIMIZERS = ("adam", "sgd")
-DEFAULT_LR = {"adam": 1e-3, "sgd": 0.05}
+OPTIMIZERS = ("adam", "adamw", "sgd")
+DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05}
 INSTALL_HINT = 'pip install "resfast[train]"'
 
 
@@ -44,14 +44,42 @@ class TrainConfig:
     )
     batch_size: int = _option(64, "images per step")
     epochs: int = _option(30, "passes over the training images")
-    optimizer: str = _option("adam", "adam, or sgd (momentum 0.9, Nesterov)", choices=OPTIMIZERS)
+    accumulate: int = _option(
+        1, "parts a step's images go through the network in, one after the other"
+    )
+    optimizer: str = _option(
+        "adam", "adam, adamw, or sgd (momentum 0.9, Nesterov)", choices=OPTIMIZERS
+    )
     lr: float | None = _option(
         None,
         "peak learning rate, after warm-up and before cosine decay",
-        shown="adam 1e-3, sgd 0.05",
+        shown="adam and adamw 1e-3, sgd 0.05",
     )
+    warmup: float = _option(0.05, "share of the steps in which the learning rate rises")
     l1: float = _option(0.0, "L1 penalty: adds l1·Σ|w| over convolution and linear weights")
     l2: float = _option(0.0, "L2 penalty, as weight decay of convolution and linear weights")
+    decay_all: bool = _option(False, "weight decay of biases and norms too")
+    clip: float = _option(0.0, "scale gradients down to this norm where theirs is larger; 0: never")
+    label_smoothing: float = _option(0.0, "share of the target spread over all classes")
+    mixup: float = _option(
+        0.0, "mix pairs of images at a ratio from Beta(mixup, mixup) (arXiv:1710.09412)"
+    )
+    cutmix: float = _option(
+        0.0,
+        "paste a box of another image, of a share from Beta(cutmix, cutmix) (arXiv:1905.04899); "
+        "with mixup, either by turns at random",
+    )
+    ema: float = _option(
+        0.0, "decay of an average of weights and statistics, which is then evaluated and kept"
+    )
+    start_size: float = _option(
+        1.0, "share of the side to begin with; it grows over the first two thirds of the epochs"
+    )
+    max_skipped: int = _option(
+        3, "steps in a row with non-finite loss or gradients that are skipped (on CPU)"
+    )
+    compile: bool = _option(False, "run the network through torch.compile")
+    deterministic: bool = _option(False, "deterministic algorithms only, or an error")
     dtype: str = _option(
         "float32",
         "precision of activations (autocast); float16 also scales the loss",
@@ -78,9 +106,23 @@ class TrainConfig:
         _at_least("--shift", self.shift, -1)
         if self.seed >= 2**63:
             raise OptionError(f"--seed must be below 2**63, got {self.seed}")
-        for name, value in (("--l1", self.l1), ("--l2", self.l2)):
+        _at_least("--accumulate", self.accumulate, 1)
+        if self.batch_size < 2 * self.accumulate:
+            raise OptionError(
+                f"--accumulate {self.accumulate} leaves fewer than two of {self.batch_size} images "
+                "a part, and BatchNorm needs more than one"
+            )
+        _at_least("--max-skipped", self.max_skipped, 0)
+        for name in ("l1", "l2", "clip", "mixup", "cutmix"):
+            value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise OptionError(f"{name} must be a finite number of at least 0, got {value}")
+                raise OptionError(f"--{name} must be a finite number of at least 0, got {value}")
+        for name in ("warmup", "label_smoothing", "ema"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise OptionError(f"--{name.replace('_', '-')} must lie in [0, 1), got {value}")
+        if not 0 < self.start_size <= 1:
+            raise OptionError(f"--start-size must lie in (0, 1], got {self.start_size}")
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise OptionError(f"--lr must be a finite number above 0, got {self.lr}")
         _one_of("--optimizer", self.optimizer, OPTIMIZERS)

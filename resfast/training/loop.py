@@ -21,17 +21,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resfast.training.checkpoint import CheckpointFolder, NonFiniteError, require_finite
 from resfast.training.config import TrainConfig, UserError
 from resfast.training.data import Augment, Dataset, Images, SeededSampler
+from resfast.training.mix import Mix
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 FORMAT = 1
 LOG_EVERY = 10
-WARMUP_SHARE = 0.05
 EVAL_BATCH = 256
 
 
@@ -70,38 +71,75 @@ class TrainStep:
     """Forward, loss, backward, update of one batch.
 
     The objective is mean cross-entropy + l1·Σ|w|; l2 is the optimizer's weight decay, so the
-    gradient becomes dCE/dw + l1·sign(w) + l2·w. Both touch convolution and linear weights only,
-    not biases or norms. The returned loss is the cross-entropy alone.
+    gradient becomes dCE/dw + l1·sign(w) + l2·w (AdamW: decoupled). l1 touches convolution and
+    linear weights only, and so does l2 unless asked otherwise. The returned loss is the
+    cross-entropy alone.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
         self.model = model
+        self.network = torch.compile(model) if config.compile else model
         self.device = device
         self.dtype = getattr(torch, config.dtype)
         self.l1 = config.l1
+        self.clip = config.clip
+        self.parts = config.accumulate
+        self.label_smoothing = config.label_smoothing
         self.penalised = penalised_weights(model)
         self.optimizer = build_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
-    def __call__(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.forward(inputs)
-        loss = F.cross_entropy(logits, labels)
-        objective = loss
-        if self.l1:
-            objective = loss + self.l1 * sum(w.abs().sum() for w in self.penalised)
+    def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean loss, logits). ``targets``: labels ``[N]``, or probabilities ``[N, classes]``.
+
+        Raises:
+            NonFiniteError: on CPU, of a loss or gradient; the model is then as it was before.
+        """
+        # reading a value waits for a GPU, so there the loop looks at the loss now and then
+        checked = self.device.type == "cpu"
+        buffers = [(b, b.clone()) for b in self.model.buffers()] if checked else []
         self.optimizer.zero_grad(set_to_none=True)
-        # Reading a value waits for a GPU, so there the loop looks at the loss now and then.
-        if self.device.type == "cpu":
-            require_finite_loss(objective)
-        self.scaler.scale(objective).backward()
+        losses: list[Tensor] = []
+        outputs: list[Tensor] = []
+        # parts of equal size, or one more: none may be left with a single image
+        parts = zip(inputs.tensor_split(self.parts), targets.tensor_split(self.parts), strict=True)
+        try:
+            for x, target in parts:
+                logits = self.forward(x)
+                loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+                objective = loss = loss * (len(x) / len(inputs))
+                if self.l1 and not losses:
+                    objective = loss + self.l1 * sum(w.abs().sum() for w in self.penalised)
+                if checked:
+                    require_finite_loss(objective)
+                self.scaler.scale(objective).backward()
+                losses.append(loss.detach())
+                outputs.append(logits.detach())
+            if self.clip:
+                self.scaler.unscale_(self.optimizer)
+            self._clip(checked and not self.scaler.is_enabled())
+        except NonFiniteError:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+            raise
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss.detach(), logits.detach()
+        return torch.stack(losses).sum(), torch.cat(outputs)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def _clip(self, checked: bool) -> None:
+        if not (self.clip or checked):
+            return
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if checked and not math.isfinite(value := float(norm)):
+            raise NonFiniteError(f"the gradient's norm became {value}")
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
+
+    def forward(self, inputs: Tensor, model: nn.Module | None = None) -> Tensor:
         enabled = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled):
-            return self.model(inputs).float()
+            return (model or self.network)(inputs).float()
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -122,15 +160,19 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     decayed = penalised_weights(model)
     ids = {id(p) for p in decayed}
     rest = [p for p in model.parameters() if id(p) not in ids]
-    groups = [{"params": decayed, "weight_decay": config.l2}, {"params": rest, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": config.l2},
+        {"params": rest, "weight_decay": config.l2 if config.decay_all else 0.0},
+    ]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.peak_lr, momentum=0.9, nesterov=True)
-    return torch.optim.Adam(groups, lr=config.peak_lr)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=config.peak_lr)
 
 
-def learning_rate(step: int, total: int, peak: float) -> float:
-    """Linear warm-up over the first steps, then a half cosine down to zero."""
-    warmup = max(1, round(WARMUP_SHARE * total))
+def learning_rate(step: int, total: int, peak: float, share: float = 0.05) -> float:
+    """Linear warm-up over the first share of the steps, then a half cosine down to zero."""
+    warmup = max(1, round(share * total))
     if step < warmup:
         return peak * (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -199,8 +241,14 @@ class Trainer:
         self.sampler = SeededSampler(len(data.train), config.batch_size, config.seed)
         shift = config.shift if config.shift >= 0 else data.image_shape[2] // 8
         self.augment = Augment(shift, config.flip, config.seed)
+        self.mix = Mix(config.mixup, config.cutmix, len(data.classes), config.seed)
+        self.average: AveragedModel | None = None
+        if config.ema:
+            ema = get_ema_multi_avg_fn(config.ema)
+            self.average = AveragedModel(self.model, multi_avg_fn=ema, use_buffers=True)
         self.fingerprint = data.fingerprint()
         self.step = 0
+        self.skipped = 0
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None
         self.last_checkpoint: Path | None = None
@@ -221,15 +269,37 @@ class Trainer:
             except NonFiniteError as error:
                 raise NonFiniteError(self._non_finite_advice(error)) from None
 
+    @property
+    def evaluated(self) -> nn.Module:
+        """The averaged weights where there are any, else the model."""
+        return self.model if self.average is None else self.average.module
+
     def evaluate(self, images: Images) -> Score:
-        self.model.eval()
-        return evaluate(self.train_step.forward, images.to(self.device), self.data.normalise)
+        model = self.evaluated.eval()
+
+        def forward(inputs: Tensor) -> Tensor:
+            return self.train_step.forward(inputs, model)
+
+        return evaluate(forward, images.to(self.device), self.data.normalise)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Augmented, normalised inputs and labels of the sampler's current batch."""
         images = self.train_images.select(indices.to(self.device))
         pixels = self.augment(images.pixels, self.sampler.epoch, self.sampler.batch)
-        return self.data.normalise(pixels), images.labels
+        inputs = self.data.normalise(pixels)
+        size = self.image_size()
+        if size != tuple(inputs.shape[2:]):
+            inputs = F.interpolate(inputs, size, mode="bilinear", antialias=True)
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return inputs, images.labels
+
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in this epoch: they grow from the start size in equal steps."""
+        start, epochs = self.config.start_size, self.config.epochs
+        grown = min(1.0, self.sampler.epoch / max(1, 2 * epochs // 3))
+        share = start + (1 - start) * grown
+        height, width = (max(1, round(share * side)) for side in self.data.image_shape[1:])
+        return height, width
 
     def save(self) -> Path | None:
         self._require_finite()
@@ -249,12 +319,16 @@ class Trainer:
             "fingerprint": self.fingerprint,
             "step": self.step,
             "best": self.best,
-            "model": dict(self.model.state_dict()),
+            "model": dict(self.evaluated.state_dict()),
         }
 
     def state_dict(self) -> dict[str, Any]:
         cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        average = self.average
         return self.description() | {
+            "model": dict(self.model.state_dict()),
+            "average": None if average is None else dict(average.state_dict()),
+            "skipped": self.skipped,
             "optimizer": self.train_step.optimizer.state_dict(),
             "scaler": self.train_step.scaler.state_dict(),
             "sampler": self.sampler.state_dict(),
@@ -270,6 +344,9 @@ class Trainer:
                 "labels or split differ"
             )
         self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.skipped = state.get("skipped", 0)
         self.train_step.optimizer.load_state_dict(state["optimizer"])
         self.train_step.scaler.load_state_dict(state["scaler"])
         self.sampler.load_state_dict(state["sampler"])
@@ -288,14 +365,33 @@ class Trainer:
     def _train_epoch(self) -> None:
         self.model.train()
         started = time.perf_counter()
-        for indices in self.sampler:
+        config, sampler, in_a_row = self.config, self.sampler, 0
+        for indices in sampler:
             inputs, labels = self.batch(indices)
-            self.train_step.set_lr(learning_rate(self.step, self.total_steps, self.config.peak_lr))
-            loss, logits = self.train_step(inputs, labels)
+            inputs, targets = self.mix(inputs, labels, sampler.epoch, sampler.batch)
+            self.train_step.set_lr(
+                learning_rate(self.step, self.total_steps, config.peak_lr, config.warmup)
+            )
+            try:
+                loss, logits = self.train_step(inputs, targets)
+            except NonFiniteError as error:
+                in_a_row += 1
+                if in_a_row > config.max_skipped:
+                    raise
+                self.step += 1
+                self.skipped += 1
+                self.record({"kind": "skip", "step": self.step, "reason": str(error)})
+                if self.stop.signum is not None:
+                    break
+                continue
+            in_a_row = 0
             self.step += 1
+            if self.average is not None:
+                self.average.update_parameters(self.model)
             self._totals["loss"] += loss
             self._totals["correct"] += (logits.argmax(1) == labels).sum()
             self._totals["images"] += len(labels)
+            self._totals["steps"] += 1
             self._log_step(loss)
             if self.stop.signum is not None:
                 break
@@ -315,18 +411,21 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         self._require_finite()
+        if not float(self._totals["steps"]):
+            raise NonFiniteError("no step of the epoch had a finite loss")
         score = self.evaluate(self.data.validation)
         totals = {k: float(v) for k, v in self._totals.items()}
         row = {
             "kind": "epoch",
             "epoch": self.sampler.epoch + 1,
             "step": self.step,
-            "train_loss": totals["loss"] / self.sampler.batches,
+            "train_loss": totals["loss"] / totals["steps"],
             "train_accuracy": totals["correct"] / totals["images"],
             "validation_loss": score.loss,
             "validation_accuracy": score.accuracy,
             "seconds": self.seconds,
             "images_per_second": self.step * self.config.batch_size / self.seconds,
+            "skipped": self.skipped,
         }
         self.record(row)
         if self.best is None or (score.accuracy, -score.loss) > (
@@ -349,6 +448,8 @@ class Trainer:
     def _require_finite(self) -> None:
         require_finite_loss(torch.as_tensor(self._totals["loss"]))
         require_finite(self.model.state_dict())
+        if self.average is not None:
+            require_finite(self.average.state_dict())
 
     def _non_finite_advice(self, error: NonFiniteError) -> str:
         where = f"step {self.step + 1}, epoch {self.sampler.epoch + 1}"
@@ -359,4 +460,4 @@ class Trainer:
 
     def _reset_totals(self) -> None:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._totals = {k: zero.clone() for k in ("loss", "correct", "images")}
+        self._totals = {k: zero.clone() for k in ("loss", "correct", "images", "steps")}

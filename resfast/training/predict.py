@@ -27,15 +27,19 @@ def predict(
     invert: bool = False,
     as_json: bool = False,
     show: int = 5,
+    top: int = 1,
 ) -> int:
-    """`source` is a run folder (its best checkpoint) or a checkpoint. Returns the exit status."""
+    """`source` is a run folder (its best checkpoint) or a checkpoint. Returns the exit status.
+
+    `top` classes are named for each image, the likeliest first.
+    """
     state, path = find_checkpoint(source)
     where = resolve_device(device)
     model = place(restore_model(state, path), where).eval()
     if images:
-        result = _given_images(model, state, images, where, invert)
+        result = _given_images(model, state, images, where, invert, top)
     else:
-        result = _held_out(model, state, data, where, show)
+        result = _held_out(model, state, data, where, show, top)
     result = {"checkpoint": str(path), "step": state["step"]} | result
     print(json.dumps(result, indent=2) if as_json else _text(result))
     return 0
@@ -70,7 +74,12 @@ def restore_model(state: dict[str, Any], path: Path) -> nn.Module:
 
 
 def _held_out(
-    model: nn.Module, state: dict[str, Any], source: str | None, device: torch.device, show: int
+    model: nn.Module,
+    state: dict[str, Any],
+    source: str | None,
+    device: torch.device,
+    show: int,
+    top: int,
 ) -> dict[str, Any]:
     config = TrainConfig.from_dict(state["config"])
     if source is not None:
@@ -87,7 +96,7 @@ def _held_out(
 
     score = evaluate(model, dataset.test.to(device), prepare)
     chosen = dataset.test.select(torch.arange(min(show, len(dataset.test))))
-    rows = _classify(model, prepare(chosen.pixels.to(device)), state["classes"])
+    rows = _classify(model, prepare(chosen.pixels.to(device)), state["classes"], top)
     for row, label in zip(rows, chosen.labels.tolist(), strict=True):
         row["actual"] = dataset.classes[label]
     low, high = binomial_interval(score.correct, score.images)
@@ -102,7 +111,12 @@ def _held_out(
 
 
 def _given_images(
-    model: nn.Module, state: dict[str, Any], paths: list[Path], device: torch.device, invert: bool
+    model: nn.Module,
+    state: dict[str, Any],
+    paths: list[Path],
+    device: torch.device,
+    invert: bool,
+    top: int,
 ) -> dict[str, Any]:
     channels, height, width = state["image_shape"]
     rows = []
@@ -111,17 +125,25 @@ def _given_images(
         if invert:
             pixels = 255 - pixels
         inputs = normalise(pixels.to(device), state["mean"], state["std"])
-        rows += [{"image": str(path)} | row for row in _classify(model, inputs, state["classes"])]
+        found = _classify(model, inputs, state["classes"], top)
+        rows += [{"image": str(path)} | row for row in found]
     return {"predictions": rows}
 
 
-def _classify(model: nn.Module, inputs: Tensor, classes: list[str]) -> list[dict[str, Any]]:
+def _classify(
+    model: nn.Module, inputs: Tensor, classes: list[str], top: int
+) -> list[dict[str, Any]]:
     with torch.no_grad():
-        probability, index = model(inputs).float().softmax(1).max(1)
-    return [
-        {"predicted": classes[i], "probability": p}
-        for i, p in zip(index.tolist(), probability.tolist(), strict=True)
-    ]
+        likely = model(inputs).float().softmax(1).topk(min(top, len(classes)), 1)
+    rows = []
+    for probabilities, indices in zip(likely.values.tolist(), likely.indices.tolist(), strict=True):
+        named = [
+            {"class": classes[i], "probability": p}
+            for i, p in zip(indices, probabilities, strict=True)
+        ]
+        row = {"predicted": named[0]["class"], "probability": named[0]["probability"]}
+        rows.append(row | ({"top": named} if top > 1 else {}))
+    return rows
 
 
 def _text(result: dict[str, Any]) -> str:
@@ -138,7 +160,8 @@ def _text(result: dict[str, Any]) -> str:
         )
     for number, row in enumerate(result["predictions"]):
         name = row.get("image", f"test image {number}")
-        text = f"{row['predicted']} ({row['probability']:.1%})"
+        best = row.get("top", [{"class": row["predicted"], "probability": row["probability"]}])
+        text = ", ".join(f"{each['class']} ({each['probability']:.1%})" for each in best)
         if "actual" in row:
             text += "" if row["actual"] == row["predicted"] else f", wrong: is {row['actual']}"
         rows.append((name, text))

@@ -62,6 +62,8 @@ def train(
     data = load_dataset(config)
     if threads := config.threads or (max(data.image_shape[1:]) <= SMALL_SIDE):
         torch.set_num_threads(int(threads))
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)
     model = create_for(config.model, data.image_shape, len(data.classes))
     trainer = Trainer(model, data, config, device)
@@ -135,7 +137,7 @@ def _finish(
     quiet: bool,
 ) -> int:
     best, chosen = find_checkpoint(folder)
-    trainer.model.load_state_dict(best["model"])
+    trainer.evaluated.load_state_dict(best["model"])
     score = trainer.evaluate(trainer.data.test)
     steps = None
     if comparison and stop.signum is None:
