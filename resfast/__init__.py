@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from resfast import native
 from resfast.backends import backend, clear_caches, fusion
+from resfast.convert import accelerate, restore
 from resfast.explain import explain
 from resfast.inference import OptimizedModel, optimize_for_inference
 from resfast.models import (
@@ -43,6 +44,7 @@ __all__ = [
     "ResNet",
     "SimpleResNet",
     "__version__",
+    "accelerate",
     "backend",
     "clear_caches",
     "create_model",
@@ -63,6 +65,7 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "restore",
     "set_fused",
     "simple_resnet",
     "strict",

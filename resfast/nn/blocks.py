@@ -360,7 +360,10 @@ def _block_layer_reason(conv: nn.Module, bn: nn.Module) -> str | None:
         return "a convolution with bias"
     if read(bn, bn._parameters, "weight") is None or read(bn, bn._parameters, "bias") is None:
         return "a norm without affine parameters"
-    if not bn.track_running_stats or read(bn, bn._buffers, "running_mean") is None:
+    if (
+        not getattr(bn, "track_running_stats", True)
+        or read(bn, bn._buffers, "running_mean") is None
+    ):
         return "a norm without running statistics"
     return None
 

@@ -1,8 +1,8 @@
 """From stock child modules to fused ops: read their parameters, or say why they run themselves.
 
-A layer is fused only when nobody could tell the difference: exact stock types, no hooks. Whatever
-else a user puts in a child's place (SyncBatchNorm, GroupNorm, a parametrised convolution, a module
-with a hook) is called as it is.
+A layer is fused only when nobody could tell the difference: exact stock types, no hooks; of norms
+BatchNorm2d and torchvision's FrozenBatchNorm2d. Whatever else a user puts in a child's place
+(SyncBatchNorm, GroupNorm, a parametrised convolution, a module with a hook) is called as it is.
 """
 
 from __future__ import annotations
@@ -121,8 +121,17 @@ def conv_params(conv: nn.Conv2d | Any) -> ConvParams:
     )
 
 
+def is_frozen_norm(m: nn.Module) -> bool:
+    """torchvision.ops.FrozenBatchNorm2d, told by name: torchvision need not be installed."""
+    kind = type(m)
+    return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__.startswith("torchvision.")
+
+
 def norm_params(bn: nn.BatchNorm2d | Any) -> NormParams:
     """What a fused op needs of a batch norm, with the rules of ``BatchNorm2d.forward``."""
+    if type(bn) is not nn.BatchNorm2d and is_frozen_norm(bn):
+        vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)  # buffers, all four
+        return NormParams(*vectors, None, False, None, bn.eps)
     training = bn.training
     parameters, buffers = bn._parameters, bn._buffers
     mean = var = batches = None
@@ -156,7 +165,10 @@ def conv_reason(conv: nn.Module) -> str | None:
 def norm_reason(bn: nn.Module) -> str | None:
     """Why a norm cannot be read by a fused op, or None. Eval and frozen norms can."""
     if type(bn) is not nn.BatchNorm2d:
-        return f"{type(bn).__name__} is not a plain BatchNorm2d"
+        if not is_frozen_norm(bn):
+            return f"{type(bn).__name__} is not a plain BatchNorm2d"
+        if torch.is_autocast_enabled(read(bn, bn._buffers, "weight").device.type):
+            return "FrozenBatchNorm2d returns float32 under autocast"
     return _hook_reason(bn)
 
 
