@@ -7,12 +7,22 @@ import io
 import math
 import pickle
 import runpy
-import statistics
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from model_step import (
+    SINGLE_FACTOR,
+    SINGLE_FLOOR,
+    assert_same,
+    assert_training_error,
+    images,
+    randomise,
+    relative,
+    step,
+    stock_runs,
+)
 from torch import Tensor, nn
 
 import resfast.models as models
@@ -31,8 +41,6 @@ NAMES = [
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]
-SINGLE_FACTOR = 1.5  # fp32: error allowed over the worst of stock's own layouts
-SINGLE_FLOOR = 8 * 2.0**-24
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -47,52 +55,6 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def tv():
     return pytest.importorskip("torchvision.models", reason="torchvision is the reference")
-
-
-def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def step(model: nn.Module, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """Loss, logits, gradients and buffers of one training step without the update."""
-    model.zero_grad()
-    torch.manual_seed(seed)
-    y = model(x)
-    y = torch.cat([t.mean((2, 3)) for t in y], 1) if isinstance(y, list) else y
-    loss = F.cross_entropy(y, torch.arange(len(x)) % y.shape[1])
-    loss.backward()
-    result = {"loss": loss.detach(), "y": y.detach()}
-    result |= {f"d {k}": p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
-    return result | {k: b.clone() for k, b in model.named_buffers()}
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    a, b = a.double(), b.double()
-    return float((a - b).norm().detach() / b.norm().detach().clamp_min(1e-30))
-
-
-def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], rtol: float = 1e-8) -> None:
-    """Float64 runs of two implementations: only the order of summation differs.
-
-    1e-8 is 2⁻⁵³ times the depth times the amplification of the last stages' norms over a few
-    values; a convolution's bias before a batch norm has gradient 0 but for rounding.
-    """
-    assert got.keys() == want.keys()
-    for k in want:
-        error = float((got[k].double() - want[k].double()).abs().max())
-        assert error <= rtol * max(float(want[k].abs().max()), 1e-3), f"{k}: {error}"
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    torch.manual_seed(3)
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.normal_(m.weight, 1.0, 0.2)
-            nn.init.normal_(m.bias, 0.0, 0.2)
-            m.running_mean.normal_(0, 0.2)
-            m.running_var.uniform_(0.5, 2.0)
-    return model
 
 
 # ---- torchvision's twin
@@ -153,20 +115,6 @@ def test_float64_step_is_torchvisions(tv, name):
     assert relative(ours(x), theirs(x)) < 1e-10
 
 
-def stock_runs(theirs: nn.Module, x: Tensor, run) -> list:
-    """Stock's own layouts, whose worst error is the measure."""
-    runs = []
-    for layout, onednn in (
-        (torch.contiguous_format, True),
-        (torch.channels_last, True),
-        (torch.contiguous_format, False),
-    ):
-        with torch.backends.mkldnn.flags(enabled=onednn):
-            model = copy.deepcopy(theirs).to(memory_format=layout)
-            runs.append(run(model, x.contiguous(memory_format=layout)))
-    return runs
-
-
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_float32_eval_error(tv, name):
     """On the last feature map: ten logits are too few to compare errors by."""
@@ -184,31 +132,8 @@ def test_float32_eval_error(tv, name):
 
 
 def test_float32_training_error(tv):
-    """Each quantity's error over the worst of stock's layouts, five batches.
-
-    What goes forward is continuous: the worst batch counts. A gradient jumps where some ReLU's
-    input rounds across zero, in stock as here and in neither's favour: the median batch counts.
-    """
     ours, theirs = pair(tv, "resnet18")
-    exact = copy.deepcopy(theirs).double()
-    depth = 18
-    ratios: dict[str, list[float]] = {}
-    for seed in range(5):
-        x = images(2, 3, 40, 40, seed=seed)
-        want = step(copy.deepcopy(exact), x.double())
-        stock = stock_runs(theirs, x, step)
-        got = step(copy.deepcopy(ours), x)
-        for k, v in want.items():
-            if not v.is_floating_point():
-                assert torch.equal(got[k], v)
-                continue
-            # the loss is one number, which can be right by luck: a rounding per layer for it
-            floor = SINGLE_FLOOR * (depth if k == "loss" else 1)
-            limit = max(SINGLE_FACTOR * max(relative(s[k], v) for s in stock), floor)
-            ratios.setdefault(k, []).append(relative(got[k], v) / limit)
-    for k, r in ratios.items():
-        value = statistics.median(r) if k.startswith("d ") else max(r)
-        assert value <= 1, f"{k}: {value} of the limit"
+    assert_training_error(ours, theirs, [images(2, 3, 40, 40, seed=i) for i in range(5)], depth=18)
 
 
 def test_timm_resnet_d_and_its_numbers():

@@ -60,7 +60,11 @@ def accelerate(model: nn.Module, *, strict: bool = True) -> Report:
 
     attempts = _attempt(model, found)
     obstacles |= _shared_by_use(model, attempts, names)
-    hit = {m: reason for m, reason in obstacles.items() if m in _fused_children(attempts)}
+    # what is converted already sees to later hooks by itself, call by call
+    fresh = {
+        m: a for m, a in attempts.items() if not (isinstance(m, Converted) and _still_right(m))
+    }
+    hit = {m: reason for m, reason in obstacles.items() if m in _fused_children(fresh)}
     views = _flattened_by_view(attempts)
     if strict and (hit or views):
         lines = [f"  {names[m] or 'the model'}: {reason}" for m, reason in (hit | views).items()]
@@ -117,23 +121,28 @@ def _attempt(model: nn.Module, usable: Usable) -> Attempts:
 
 
 def _convert_one(m: nn.Module, usable: Usable) -> Conversion | str:
-    if isinstance(m, Converted):
-        made = m.__dict__.get(_CONVERSION)
-        return made if made is not None else "its forward cannot be traced any more"
+    if isinstance(m, Converted) and _still_right(m):
+        return m.__dict__[_CONVERSION]
     if isinstance(m, torch.jit.ScriptModule):
         return "a TorchScript module"
     if "forward" in m.__dict__:
         return "its forward was replaced"
+    kind = m.stock_class if isinstance(m, Converted) else type(m)
     for name in ("fused", "plan"):
-        if hasattr(m, name):
+        if hasattr(m, name) and kind is type(m):
             return f"it has an attribute {name}, which resfast's modules have"
     try:
-        converted_class(type(m))
-        return convert(m, type(m), usable)
+        converted_class(kind)
+        return convert(m, kind, usable)
     except NotTraced as error:
         return str(error)
     except TypeError as error:
         return f"its class cannot be derived from: {error}"
+
+
+def _still_right(m: Converted) -> bool:
+    made = m.__dict__.get(_CONVERSION)
+    return made is not None and any(p.reason(m) is None for p in made.programs)
 
 
 def _fused_children(attempts: Attempts) -> set[nn.Module]:
@@ -156,7 +165,7 @@ def _install(attempts: Attempts) -> None:
     try:
         for m, conversion in made.items():
             wanted = any(p.groups or p.reshapes for p in conversion.programs)
-            if wanted and not isinstance(m, Converted):
+            if wanted and m.__dict__.get(_CONVERSION) is not conversion:
                 install(m, conversion)
                 done.append(m)
     except BaseException:
@@ -206,7 +215,7 @@ def _shared_by_use(
     seen: set[nn.Module] = set()
     todo = [model]
     while todo:
-        m = todo.pop()
+        m = todo.pop(0)
         if m in seen:
             continue
         seen.add(m)

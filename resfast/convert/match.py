@@ -11,15 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from resfast.convert.trace import write_in_place
 from resfast.nn.blocks import _block_layer_reason
 from resfast.nn.fuse import conv_reason, is_frozen_norm, norm_reason
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
-_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
-_WRITING_OPERATORS = {
-    f for name, f in vars(operator).items() if name.startswith("__i") and name.endswith("__")
-} - {operator.__index__, operator.__inv__, operator.__invert__}
-_WRITING_OPERATORS.add(operator.setitem)
+_ADD_FUNCTIONS = (operator.add, torch.add)
 
 Usable = Callable[[nn.Module], bool]
 
@@ -127,18 +124,21 @@ class Matcher:
     @staticmethod
     def _operands(node: fx.Node | None) -> tuple[fx.Node, ...]:
         """The two nodes that an addition adds, or none."""
-        if node is None or node.kwargs or len(node.args) != 2:
+        if node is None or node.kwargs:
             return ()
-        function = node.op == "call_function" and node.target in _ADD_FUNCTIONS
-        method = node.op == "call_method" and node.target in ("add", "add_")
-        operands = [a for a in node.args if isinstance(a, fx.Node)]
-        if not (function or method) or len(operands) != 2 or operands[0] is operands[1]:
+        args = node.args
+        if node.target is write_in_place and args[0] == "iadd":
+            args = args[1:]
+        elif not (node.op == "call_function" and node.target in _ADD_FUNCTIONS) and not (
+            node.op == "call_method" and node.target in ("add", "add_")
+        ):
             return ()
-        return tuple(operands)
+        operands = tuple(a for a in args if isinstance(a, fx.Node))
+        return operands if len(args) == len(set(operands)) == 2 else ()
 
     @staticmethod
     def _adds_in_place(node: fx.Node) -> bool:
-        return node.target in (operator.iadd, "add_")
+        return node.target in (write_in_place, "add_")
 
     def _sole_user(self, node: fx.Node, over: list[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
         """(the node or the last Identity behind it, who alone uses that), Identities noted."""
@@ -297,7 +297,7 @@ class Matcher:
             target: Any = node.target
             name = getattr(target, "__name__", "")
             in_place = bool(node.kwargs.get("inplace")) or "out" in node.kwargs
-            return in_place or target in _WRITING_OPERATORS or name.endswith("_")
+            return in_place or target is write_in_place or name.endswith("_")
         if node.op == "call_module":
             m = self.root.get_submodule(str(node.target))
             return any(getattr(below, "inplace", False) for below in m.modules())

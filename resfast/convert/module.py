@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import linecache
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -109,18 +110,6 @@ class Converted(Fusible):
             return None
         return conversion.training if self.training else conversion.eval
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        program = self._program()
-        if (
-            program is None
-            or not self.fused
-            or not program.takes(args, kwargs)
-            or any(traced(a) for a in args)
-            or program.reason(self) is not None
-        ):
-            return super().forward(*args, **kwargs)
-        return program.run(self, *args, **kwargs)
-
     def plan(self) -> list[PlanRow]:
         """What forward would call now: each fused group, or its layers and why not the whole."""
         conversion = self.__dict__.get(_CONVERSION)
@@ -173,13 +162,39 @@ class Converted(Fusible):
                 self.__dict__[_CONVERSION] = convert(self, self.stock_class)
 
 
+def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
+    """forward of kind's converted instances, under the signature of kind's own."""
+    stock = kind.forward
+
+    @functools.wraps(stock)
+    def forward(self: Converted, *args: Any, **kwargs: Any) -> Any:
+        program = self._program()
+        if (
+            program is None
+            or not self.fused
+            or kind.forward is not stock  # a class patched since
+            or not program.takes(args, kwargs)
+            or any(traced(a) for a in (*args, *kwargs.values()))
+            or program.reason(self) is not None
+        ):
+            return kind.forward(self, *args, **kwargs)
+        return program.run(self, *args, **kwargs)
+
+    return forward
+
+
 _CLASSES: dict[type[nn.Module], type[Converted]] = {}
 
 
 def converted_class(kind: type[nn.Module]) -> type[Converted]:
     """The class of converted modules whose class was kind; its name and repr are kind's."""
     if kind not in _CLASSES:
-        body = {"stock_class": kind, "__module__": __name__, "__doc__": kind.__doc__}
+        body = {
+            "__doc__": kind.__doc__,
+            "__module__": __name__,
+            "forward": _forward_of(kind),
+            "stock_class": kind,
+        }
         _CLASSES[kind] = type(kind.__name__, (Converted, kind), body)
     return _CLASSES[kind]
 
@@ -195,7 +210,8 @@ def install(m: nn.Module | Any, conversion: Conversion) -> None:
     Raises:
         TypeError: m's class allows no such change.
     """
-    object.__setattr__(m, "__class__", converted_class(type(m)))
+    if not isinstance(m, Converted):
+        object.__setattr__(m, "__class__", converted_class(type(m)))
     m.__dict__[_CONVERSION] = conversion
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import inspect
+import operator
 import random
 import sys
 from collections import OrderedDict
@@ -150,8 +151,25 @@ def _no_type_questions() -> Iterator[None]:
         yield
 
 
+def write_in_place(name: str, a: Any, b: Any) -> Any:
+    """``a += b`` and its kind, by the operator's name."""
+    return getattr(operator, name)(a, b)
+
+
 class _Stand(fx.Proxy):
-    """What stands for a tensor during the trace."""
+    """What stands for a tensor during the trace. fx itself would take ``a += b`` for ``a + b``."""
+
+
+def _recording_writes(name: str) -> Any:
+    def write(self: _Stand, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", write_in_place, (name, self, other), {})
+
+    return write
+
+
+_WRITES = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift"
+for _name in _WRITES.split():
+    setattr(_Stand, f"__{_name}__", _recording_writes(_name))
 
 
 class _Tracer(fx.Tracer):
