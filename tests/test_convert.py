@@ -104,6 +104,8 @@ class Graph(nn.Module):
         self.conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(3)
         self.relu = nn.ReLU()
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.skip = nn.Identity()
         for name, value in attributes.items():
             setattr(self, name, value)
 
@@ -147,6 +149,21 @@ FORWARDS = {
     "norm-relu": (lambda m, x: F.relu(m.norm(x)), {"norm": "bn_act"}),
     "norm-add-relu": (lambda m, x: F.relu(m.norm(x) + x), {"norm": "bn_act"}),
     "norm-alone": (lambda m, x: m.norm(x) * m.conv(x), {}),
+    "norm-relu-add": (lambda m, x: F.relu(_z(m, x)) + x, {"conv norm": "conv_bn_act"}),
+    "max-pool": (lambda m, x: m.pool(F.relu(_z(m, x))), {"conv norm pool": "conv_bn_act_max_pool"}),
+    "pool-of-norm": (lambda m, x: m.pool(m.norm(x)), {}),
+    "pool-twice-read": (
+        lambda m, x: (lambda y: m.pool(y) + y.mean())(m.relu(_z(m, x))),
+        {"conv norm": "conv_bn_act"},
+    ),
+    "conv-twice-read": (
+        lambda m, x: (lambda z: F.relu(m.norm(z)) + z.mean())(m.conv(x)),
+        {"norm": "bn_act"},
+    ),
+    "identities": (
+        lambda m, x: m.relu(m.skip(m.norm(m.skip(m.conv(m.skip(x)))))),
+        {"conv norm": "conv_bn_act"},
+    ),
     "twice-used": (_twice_used, {"conv norm": "conv_bn_act"}),
     "adds-into-input": (_adds_into_the_input, {"conv norm": "conv_bn_act"}),
 }
@@ -718,6 +735,35 @@ def _hook_relu(model: nn.Module) -> None:
 
 def _hook_sequential(model: nn.Module) -> None:
     model.stem.register_forward_hook(lambda m, args, y: y * 2)
+
+
+def test_identities_stepped_over_may_become_something_else():
+    model = graph(lambda m, x: F.relu(m.skip(_z(m, x))))
+    stock = copy.deepcopy(model)
+    accelerate(model)
+    assert model.plan()[0].op == "conv_bn_act"
+    for m in (model, stock):
+        m.skip = nn.Tanh()
+    assert_same(step(model, X64), step(stock, X64))
+    assert "Tanh" in model.plan()[0].reason
+
+
+def test_max_pool_with_a_hook_is_called():
+    model = graph(lambda m, x: m.pool(m.relu(_z(m, x))))
+    stock = copy.deepcopy(model)
+    accelerate(model)
+    assert model.plan() == [(("conv", "norm", "relu", "pool"), "conv_bn_act_max_pool", None)]
+    for m in (model, stock):
+        m.pool.register_forward_hook(lambda m, args, y: y * 2)
+    assert_same(step(model, X64), step(stock, X64))
+    assert [row.op for row in model.plan()] == ["conv_bn_act", "unfused"]
+
+
+def test_a_class_patched_later_runs_its_new_forward(monkeypatch):
+    model = graph(lambda m, x: F.relu(_z(m, x)))
+    accelerate(model)
+    monkeypatch.setattr(Graph, "forward", lambda self, x: x * 3)
+    torch.testing.assert_close(model(X64), X64 * 3)
 
 
 def _sync(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from model_step import (
 )
 from torch import nn
 
+import resfast
 from resfast import accelerate
 
 
@@ -166,3 +167,22 @@ def test_named_model_error_in_float32(name):
         want = outputs(exact, x.double())
         worst = max(relative(y, want) for y in stock_runs(theirs, x, outputs))
         assert relative(outputs(ours, x), want) <= max(SINGLE_FACTOR * worst, SINGLE_FLOOR)
+
+
+def test_frozen_norms_under_autocast_return_what_stock_returns():
+    """Their float32 buffers promote: fused, the features would be 16-bit."""
+    stock = build("torchvision-fpn-frozen").body
+    ours = copy.deepcopy(stock)
+    accelerate(ours)
+    x = images(1, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        got, want = ours(x), stock(x)
+    assert [t.dtype for t in got.values()] == [t.dtype for t in want.values()]
+    for a, b in zip(got.values(), want.values(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert all("autocast" in row.reason for row in _rows_under_autocast(ours, x))
+
+
+def _rows_under_autocast(model: nn.Module, x: torch.Tensor) -> list:
+    with torch.autocast("cpu", torch.bfloat16):
+        return resfast.explain(model, x).rows

@@ -23,7 +23,7 @@ Usable = Callable[[nn.Module], bool]
 
 @dataclass
 class Layer:
-    """[convolution,] norm [, + residual] [, ReLU]: the nodes, in the order they run."""
+    """[convolution,] norm [, + residual] [, ReLU [, max-pool]]: the nodes of one layer."""
 
     norm: fx.Node
     input: fx.Node
@@ -31,16 +31,17 @@ class Layer:
     act: fx.Node | None = None
     add: fx.Node | None = None
     residual: fx.Node | None = None
+    pool: fx.Node | None = None
     identities: list[fx.Node] = field(default_factory=list)
 
     @property
     def nodes(self) -> list[fx.Node]:
-        own = (self.conv, self.norm, self.add, self.act)
+        own = (self.conv, self.norm, self.add, self.act, self.pool)
         return sorted([n for n in own if n is not None] + self.identities)
 
     @property
     def output(self) -> fx.Node:
-        return self.act or self.add or self.norm
+        return self.pool or self.act or self.add or self.norm
 
     @property
     def parts(self) -> list[fx.Node]:
@@ -155,9 +156,10 @@ class Matcher:
         for layer in layers:
             over: list[fx.Node] = []
             _, user = self._sole_user(layer.norm, over)
-            if self._is_relu(user):
+            if user is not None and self._is_relu(user):
                 layer.act = user
                 layer.identities += over
+                self._pool(layer, user)
         self._join(layers)
         layers = [n for n in layers if n.conv is not None or n.act is not None or n.add is not None]
         groups = self._blocks(layers)
@@ -182,6 +184,14 @@ class Matcher:
             return Layer(norm, first)
         above, more = source(conv)
         return Layer(norm, above, conv, identities=over + more)
+
+    def _pool(self, layer: Layer, act: fx.Node) -> None:
+        """A max-pool that alone reads a convolution layer's output is part of it."""
+        over: list[fx.Node] = []
+        _, user = self._sole_user(act, over)
+        if layer.conv is not None and type(self.module(user)) is nn.MaxPool2d:
+            layer.pool = user
+            layer.identities += over
 
     # ---- additions
 
@@ -223,9 +233,9 @@ class Matcher:
         while True:
             yield layer
             above = outputs.get(layer.input)
-            if above is None or above.conv is None or above.act is None or above.add is not None:
+            if above is None or above.conv is None or above.act is None:
                 return
-            if len(above.output.users) != 1:
+            if above.add is not None or above.pool is not None or len(above.output.users) != 1:
                 return
             layer = above
 

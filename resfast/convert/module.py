@@ -24,6 +24,7 @@ from resfast.nn.fuse import (
     traced,
     unfused_reason,
 )
+from resfast.nn.stem import pool_rows, run_conv_bn_pool
 
 _CONVERSION = "_resfast_conversion"
 
@@ -34,6 +35,7 @@ class Fused(NamedTuple):
     op: str
     layers: tuple[tuple[str | None, str, str | None], ...]  # convolution, norm, ReLU module
     shortcut: tuple[str, str] | None = None
+    pool: str | None = None
 
     @property
     def pairs(self) -> list[tuple[str | None, str]]:
@@ -42,7 +44,8 @@ class Fused(NamedTuple):
 
     @property
     def children(self) -> tuple[str, ...]:
-        return tuple(name for pair in self.pairs for name in pair if name is not None)
+        names = [name for pair in self.pairs for name in pair if name is not None]
+        return tuple(names if self.pool is None else [*names, self.pool])
 
 
 class Program(NamedTuple):
@@ -127,6 +130,9 @@ class Converted(Fusible):
 
     def _rows(self, group: Fused) -> list[PlanRow]:
         why = None
+        if group.pool is not None:
+            ((conv, norm, act),) = group.layers
+            return pool_rows(self, str(conv), norm, act, group.pool, None)
         if group.op == "residual_block":
             layers = [
                 tuple(True if name is None else self.get_submodule(name) for name in layer)
@@ -281,8 +287,11 @@ def _names(group: Layer | Block) -> Fused:
     else:
         layers, shortcut = [group], None
         op = "bn_act" if group.conv is None else "conv_bn_act"
+        if group.pool is not None:
+            op = "conv_bn_act_max_pool"
     names = tuple((_target(n.conv), str(_target(n.norm)), _target(n.act)) for n in layers)
-    return Fused(op, names, shortcut)
+    pool = group.pool if isinstance(group, Layer) else None
+    return Fused(op, names, shortcut, _target(pool))
 
 
 def _rewrite(graph: fx.Graph, groups: list[Layer | Block]) -> None:
@@ -318,9 +327,12 @@ def _rewrite(graph: fx.Graph, groups: list[Layer | Block]) -> None:
         else:
             residual = group.residual and new.get(group.residual, group.residual)
             with graph.inserting_before(nodes[0] if residual is None else group.output):
-                conv = None if group.conv is None else module(group.conv)
-                arguments = (conv, module(group.norm), x, residual, act(group))
-                call = graph.call_function(run_layer, arguments)
+                conv, norm = group.conv and module(group.conv), module(group.norm)
+                if group.pool is None:
+                    call = graph.call_function(run_layer, (conv, norm, x, residual, act(group)))
+                else:
+                    arguments = (conv, norm, x, act(group), module(group.pool))
+                    call = graph.call_function(run_conv_bn_pool, arguments)
         group.output.replace_all_uses_with(call)
         new[group.output] = call
         for node in reversed(nodes):

@@ -8,19 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from resfast.nn.blocks import NormLayer, _off, layer_row, run_stages
-from resfast.nn.fuse import (
-    Fusible,
-    PlanRow,
-    conv_params,
-    conv_reason,
-    norm_params,
-    norm_reason,
-    plain_reason,
-    run_conv_bn_act,
-    traced,
-)
+from resfast.nn.fuse import Fusible, PlanRow, plain_reason, run_conv_bn_act, traced
 from resfast.nn.layers import BlurPool2d
-from resfast.ops import bn_act_max_pool, conv_bn_act_max_pool
+from resfast.nn.stem import pool_rows, run_conv_bn_pool
 
 STEMS = ("imagenet", "cifar", "deep")
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -91,23 +81,6 @@ class Backbone(Fusible):
     def _is_deep(self) -> bool:
         return plain_reason(self.conv1, nn.Sequential) is None and len(self.conv1._modules) == 7
 
-    def _pool_reason(self) -> str | None:
-        """Why norm, ReLU and max-pool are not one op, or None."""
-        # In inference the norm joins the convolution; with statistics to take it cannot anyway.
-        if not torch.is_grad_enabled() and not self.bn1.training:
-            return "inference: the norm joins the convolution"
-        reason = (
-            norm_reason(self.bn1)
-            or plain_reason(self.relu, nn.ReLU)
-            or plain_reason(self.maxpool, nn.MaxPool2d)
-        )
-        if reason is None:
-            pool: Any = self.maxpool
-            square = all(type(n) is int for n in (pool.kernel_size, pool.stride, pool.padding))
-            if not square or pool.dilation != 1 or pool.ceil_mode or pool.return_indices:
-                reason = "a max-pool that is not square, or has dilation, ceil_mode or indices"
-        return reason
-
     def stem(self, x: Tensor) -> Tensor:
         """conv1, bn1, ReLU and max-pool: ``[N, in_channels, H, W]`` → ``[N, 64, H/4, W/4]``."""
         conv: Any = self.conv1  # indexed only where it is a plain nn.Sequential
@@ -116,14 +89,7 @@ class Backbone(Fusible):
             x = run_conv_bn_act(conv[0], conv[1], x, relu=conv[2])
             x = run_conv_bn_act(conv[3], conv[4], x, relu=conv[5])
             conv = conv[6]
-        if fused and self._pool_reason() is None:
-            pool: Any = self.maxpool  # a plain nn.MaxPool2d
-            window = {name: getattr(pool, name) for name in ("kernel_size", "stride", "padding")}
-            norm = norm_params(self.bn1)
-            if _stem_conv_reason(conv) is not None:
-                return bn_act_max_pool(conv(x), norm, **window)
-            return conv_bn_act_max_pool(x, conv_params(conv), norm, **window)
-        return self.maxpool(run_conv_bn_act(conv, self.bn1, x, relu=self.relu, fused=fused))
+        return run_conv_bn_pool(conv, self.bn1, x, self.relu, self.maxpool, fused=fused)
 
     def plan(self) -> list[PlanRow]:
         """What the stem would call now; each block has a plan of its own."""
@@ -131,15 +97,7 @@ class Backbone(Fusible):
         if self._is_deep():
             rows = [layer_row(self, f"conv1.{i}", f"conv1.{i + 1}") for i in (0, 3)]
             conv = "conv1.6"
-        reason = _off(self) or self._pool_reason()
-        if reason is None:
-            why = _stem_conv_reason(self.get_submodule(conv))
-            op = "bn_act_max_pool" if why else "conv_bn_act_max_pool"
-            return [*rows, PlanRow((conv, "bn1", "relu", "maxpool"), op, why)]
-        rows.append(layer_row(self, conv, "bn1", reason))
-        if type(self.maxpool) is not nn.Identity:
-            rows.append(PlanRow(("maxpool",), "unfused", reason))
-        return rows
+        return [*rows, *pool_rows(self, conv, "bn1", "relu", "maxpool", _off(self))]
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """Outputs of layer1 … layer4 for an image batch ``[N, C, H, W]``, see ``feature_info``."""
@@ -162,12 +120,6 @@ class Backbone(Fusible):
         if self.features_only:
             return self.forward_stages(x)
         return self.forward_head(self.forward_features(x))
-
-
-def _stem_conv_reason(conv: nn.Module) -> str | None:
-    """Why the stem's convolution runs beside its norm, ReLU and max-pool, or None."""
-    reason = conv_reason(conv)
-    return "a convolution with bias" if reason is None and conv.bias is not None else reason
 
 
 def as_input(x: Tensor) -> Tensor:
