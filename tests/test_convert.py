@@ -7,6 +7,7 @@ import io
 import pickle
 import random
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -353,7 +354,7 @@ def _draws(m, x):
 
 
 def _draws_torch(m, x):
-    return F.relu(_z(m, x)) * torch.rand(1)
+    return F.relu(_z(m, x)) if float(torch.rand(())) < 2 else x
 
 
 def _makes_a_tensor(m, x):
@@ -372,21 +373,31 @@ def _asks_torch_for_the_type(m, x):
     return F.relu(_z(m, x)) if torch.is_tensor(x) else x
 
 
-UNTRACED = {
-    "sets calls": (_counts, {"calls": 0}),
-    "changes seen": (_collects, {"seen": []}),
-    "random numbers": (_draws, {}),
-    "makes a tensor": (_makes_a_tensor, {}),
-    "torch.fx cannot trace": (_branches_on_values, {}),
-    "type of its input": (_asks_for_the_type, {}),
-    "the type of": (_asks_torch_for_the_type, {}),
-    "trace would keep": (_draws_torch, {}),
-}
+def _asks_for_gradients(m, x):
+    return F.relu(_z(m, x)) if torch.is_grad_enabled() else x
 
 
-@pytest.mark.parametrize("reason", UNTRACED)
-def test_what_cannot_be_traced_stays_and_says_why(reason):
-    function, attributes = UNTRACED[reason]
+def _reads_an_object(m, x):
+    return F.relu(_z(m, x)) if m.settings.residual else x
+
+
+UNTRACED = [
+    (_counts, "sets calls"),
+    (_collects, "changes seen"),
+    (_draws, "draws random numbers"),
+    (_draws_torch, "draws random numbers"),
+    (_makes_a_tensor, "makes a tensor"),
+    (_branches_on_values, "torch.fx cannot trace"),
+    (_asks_for_the_type, "type of its input"),
+    (_asks_torch_for_the_type, "type of its input"),
+    (_asks_for_gradients, "asks torch.is_grad_enabled"),
+    (_reads_an_object, "reads settings"),
+]
+
+
+@pytest.mark.parametrize(("function", "reason"), UNTRACED)
+def test_what_cannot_be_traced_stays_and_says_why(function, reason):
+    attributes = {"calls": 0, "seen": [], "settings": SimpleNamespace(residual=True)}
     model = nn.ModuleDict({"a": graph(function, **attributes), "b": handwritten()})
     before = (torch.get_rng_state(), random.getstate(), copy.deepcopy(attributes))
     report = accelerate(model)

@@ -17,6 +17,8 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
+from enum import Enum
+from types import FrameType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -27,11 +29,21 @@ from resfast.nn.fuse import _hook_reason, is_frozen_norm
 
 Path = tuple[str, ...]
 
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _INTERNALS = set(nn.Module().__dict__) - {"training"}
 
 
 class NotTraced(Exception):
     """Why a forward has no graph, in words for the report."""
+
+
+def _comparable(value: Any) -> bool:
+    """``same`` can tell whether value has changed."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_comparable, value))
+    if isinstance(value, dict):
+        return all(map(_comparable, value.values()))
+    return value is None or isinstance(value, (*_PLAIN, nn.Module, Enum)) or callable(value)
 
 
 class Guard(NamedTuple):
@@ -63,12 +75,12 @@ def child(root: nn.Module, path: Path) -> nn.Module | Any:
 
 
 def same(now: Any, then: Any) -> bool:
-    """Plain values by value, containers by their elements, everything else by identity."""
+    """Plain values by value, containers by their elements, functions and modules by identity."""
     if now is then:
         return True
     if type(now) is not type(then):
         return False
-    if isinstance(now, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+    if isinstance(now, _PLAIN):
         return bool(now == then)
     if isinstance(now, (list, tuple)):
         return len(now) == len(then) and all(map(same, now, then))
@@ -134,21 +146,42 @@ def _recorded(root: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_type_questions() -> Iterator[None]:
-    """A stand-in for a tensor must not be asked whether it is one: it would answer no."""
+def _no_questions() -> Iterator[None]:
+    """Refuse a forward that asks for what may be otherwise at the next call.
+
+    Of a stand-in for a tensor that is its type, of torch the modes.
+    """
     original = builtins.isinstance
 
     def asked(value: Any, kind: Any) -> bool:
         if type(value) is _Stand:
             caller = sys._getframe(1)
-            module = caller.f_globals.get("__name__", "")
-            ours = module.partition(".")[0] in ("torch", "resfast")
-            if not ours or caller.f_code.co_name == "is_tensor":
+            if not _is_torchs(caller) or caller.f_code.co_name == "is_tensor":
                 raise NotTraced("its forward asks for the type of its input")
         return original(value, kind)
 
-    with mock.patch.object(builtins, "isinstance", asked):
+    def refuse(name: str) -> Any:
+        mode = getattr(torch, name)
+
+        def asked_for_mode(*args: Any) -> bool:
+            if not _is_torchs(sys._getframe(1)):
+                raise NotTraced(f"its forward asks torch.{name}")
+            return mode(*args)
+
+        return asked_for_mode
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(builtins, "isinstance", asked))
+        for name in _MODES:
+            stack.enter_context(mock.patch.object(torch, name, refuse(name)))
         yield
+
+
+_MODES = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
+
+
+def _is_torchs(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "resfast")
 
 
 def write_in_place(name: str, a: Any, b: Any) -> Any:
@@ -287,6 +320,8 @@ def trace(root: nn.Module, forward: Any, training: bool) -> Trace:
         raise NotTraced("its forward draws random numbers that a trace would keep")
     guards: dict[tuple[Path, str], Any] = {}
     for r in reads:
+        if not _comparable(r.then):
+            raise NotTraced(f"its forward reads {r.name}, whose contents cannot be compared later")
         if r.module in names:
             guards.setdefault((names[r.module], r.name), r.then)
     return Trace(
@@ -307,7 +342,7 @@ def _trace_as(tracer: _Tracer, root: nn.Module, forward: Any, inputs: tuple[str,
     alone = type(kind.__name__, (kind,), {"forward": scope["forward"]})
     object.__setattr__(root, "__class__", alone)
     try:
-        with _no_type_questions():
+        with _no_questions():
             return tracer.trace(root)
     finally:
         object.__setattr__(root, "__class__", kind)
