@@ -236,13 +236,14 @@ class Shortcuts(nn.Module):
         self.conv1, self.norm1 = nn.Conv2d(3, 4, 3, 2, 1, bias=False), nn.BatchNorm2d(4)
         self.conv2, self.norm2 = nn.Conv2d(4, 6, 3, 1, 1, bias=False), nn.BatchNorm2d(6)
         self.shortcut = shortcut
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.first:
             r = self.shortcut(x)
             return F.relu(r + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
         y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return F.relu(y + self.shortcut(x))
+        return self.relu(y + self.shortcut(x))
 
 
 class Pad(nn.Module):
@@ -705,6 +706,7 @@ def test_set_fused_and_explain():
     rows = resfast.explain(model, X).rows
     assert {r.op for r in rows} == {"unfused"}
     assert {r.reason for r in rows} == {"fusion is switched off (set_fused)"}
+    assert not any(r.backends for r in rows)  # no op ran
 
 
 def test_compile_and_optimize_for_inference():
@@ -831,6 +833,20 @@ def test_sync_batch_norm_is_called():
     accelerate(model)
     _sync(model)
     assert {row.children: row.op for row in model.plan()}["conv2", "bn2"] == "unfused"
+
+
+def test_hook_on_the_relu_of_a_block():
+    torch.manual_seed(0)
+    model = randomise(Shortcuts(SHORTCUTS["projection"](), False)).double()
+    stock = copy.deepcopy(model)
+    accelerate(model)
+    for m in (model, stock):
+        m.relu.register_forward_hook(lambda m, args, y: y * 2)
+    x = images(2, 3, 7, 6, dtype=torch.float64)
+    assert_same(step(model, x), step(stock, x))
+    rows = model.plan()
+    assert [row.op for row in rows] == ["conv_bn_act"] * 3
+    assert all("a hook on the ReLU" in row.reason for row in rows)
 
 
 def test_hook_on_a_sequential_that_was_traced_into():
