@@ -205,7 +205,14 @@ def _writes_out(m, x):
     return F.relu(y + torch.mul(x, 0.5, out=x))
 
 
+def _writes_before_the_norm(m, x):
+    z = m.conv(x)
+    x.mul_(0.5)
+    return F.relu(m.norm(z))
+
+
 WRITES = [
+    _writes_before_the_norm,
     _writes_by_method,
     _writes_by_operator,
     _writes_by_function,
@@ -585,6 +592,13 @@ def test_a_head_called_on_every_level_is_not_shared():
     assert ops(check(randomise(Levels()), X)) == {"head 0 1": "conv_bn_act"}
 
 
+def test_a_layer_inside_two_modules_is_not_shared():
+    layer = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU())
+    torch.manual_seed(0)
+    model = randomise(nn.Sequential(nn.Sequential(layer), nn.Sequential(layer)))
+    assert ops(check(model, X)) == {"0.0 0 1": "conv_bn_act"}
+
+
 def test_an_encoder_whose_parts_another_module_calls_is_not_shared():
     class Encoder(nn.Module):
         def __init__(self) -> None:
@@ -664,10 +678,13 @@ def test_idempotent():
 
 
 def test_resfast_blocks_in_a_model_are_left():
-    model = nn.Sequential(BasicBlock(3, 3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+    projection = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    block = BasicBlock(3, 4, downsample=projection)
+    model = nn.Sequential(block, nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
     report = accelerate(model)
     assert ops(report) == {"Sequential 1 2": "conv_bn_act"}
     assert type(model[0]) is BasicBlock
+    assert type(projection) is nn.Sequential
     restore(model)
     assert type(model[0]) is BasicBlock
 

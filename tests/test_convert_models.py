@@ -153,7 +153,7 @@ def test_named_model_with_norms_in_eval_and_frozen_parameters(name):
     assert {k for k in got if k.startswith("d ")} == trainable | {"d input"}
 
 
-@pytest.mark.parametrize("name", ["torchvision-bottleneck", "torchvision-fpn-frozen"])
+@pytest.mark.parametrize("name", ["timm-resnet50", "torchvision-fpn-frozen"])
 def test_named_model_error_in_float32(name):
     """Error against float64 beside stock's own, in training and in evaluation."""
     theirs = build(name)
