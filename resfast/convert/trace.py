@@ -309,7 +309,7 @@ def trace(root: nn.Module, forward: Any, training: bool) -> Trace:
     except NotTraced:
         raise
     except Exception as error:
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         raise NotTraced(f"torch.fx cannot trace its forward: {message}") from None
     finally:
         reads = _reads.copy()
