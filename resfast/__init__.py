@@ -29,7 +29,15 @@ from resfast.models import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
-from resfast.nn import BasicBlock, Bottleneck, ConvBNAct, set_fused, unfused
+from resfast.nn import (
+    BasicBlock,
+    Bottleneck,
+    ConvBNAct,
+    convert_sync_batchnorm,
+    revert_sync_batchnorm,
+    set_fused,
+    unfused,
+)
 from resfast.ops import strict
 
 native.warn_if_unavailable()
@@ -45,6 +53,7 @@ __all__ = [
     "__version__",
     "backend",
     "clear_caches",
+    "convert_sync_batchnorm",
     "create_model",
     "explain",
     "fusion",
@@ -63,6 +72,7 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "revert_sync_batchnorm",
     "set_fused",
     "simple_resnet",
     "strict",

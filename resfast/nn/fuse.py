@@ -1,14 +1,14 @@
 """From stock child modules to fused ops: read their parameters, or say why they run themselves.
 
 A layer is fused only when nobody could tell the difference: exact stock types, no hooks. Whatever
-else a user puts in a child's place (SyncBatchNorm, GroupNorm, a parametrised convolution, a module
-with a hook) is called as it is.
+else a user puts in a child's place (GroupNorm, a parametrised convolution, a module with a hook) is
+called as it is. A SyncBatchNorm is fused like a BatchNorm2d, with a collective where it has one.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as _module
 
-from resfast.ops import ConvParams, NormParams, bn_act, conv_bn_act
+from resfast.ops import (
+    ConvParams,
+    NormParams,
+    bn_act,
+    bn_act_synchronised,
+    conv_bn_act,
+    conv_bn_act_synchronised,
+)
 
 
 class PlanRow(NamedTuple):
@@ -121,7 +128,7 @@ def conv_params(conv: nn.Conv2d | Any) -> ConvParams:
     )
 
 
-def norm_params(bn: nn.BatchNorm2d | Any) -> NormParams:
+def norm_params(bn: nn.BatchNorm2d | nn.SyncBatchNorm | Any) -> NormParams:
     """What a fused op needs of a batch norm, with the rules of ``BatchNorm2d.forward``."""
     training = bn.training
     parameters, buffers = bn._parameters, bn._buffers
@@ -155,9 +162,27 @@ def conv_reason(conv: nn.Module) -> str | None:
 
 def norm_reason(bn: nn.Module) -> str | None:
     """Why a norm cannot be read by a fused op, or None. Eval and frozen norms can."""
-    if type(bn) is not nn.BatchNorm2d:
-        return f"{type(bn).__name__} is not a plain BatchNorm2d"
+    if type(bn) is not nn.BatchNorm2d and type(bn) is not nn.SyncBatchNorm:
+        return f"{type(bn).__name__} is not a plain BatchNorm2d or SyncBatchNorm"
     return _hook_reason(bn)
+
+
+def synchronised_group(bn: nn.Module) -> str | None:
+    """The name of the process group whose ranks bn normalises together now, or None.
+
+    By the rules of ``SyncBatchNorm.forward``: not in eval, nor without peers.
+    """
+    if type(bn) is not nn.SyncBatchNorm or not bn.training:
+        return None
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    group: Any = bn.process_group or torch.distributed.group.WORLD
+    return group.group_name if torch.distributed.get_world_size(group) > 1 else None
+
+
+def synchronised_reason(bn: nn.Module) -> str | None:
+    """Why a norm cannot be part of an op that has no collective inside, or None."""
+    return None if synchronised_group(bn) is None else "a norm synchronised between ranks"
 
 
 def unfused_reason(conv: nn.Module, bn: nn.Module) -> str | None:
@@ -201,6 +226,22 @@ def stock_tail(
     return y
 
 
+def _fused_tail(
+    layer: Callable[..., Tensor],
+    residual: Tensor | None,
+    relu: bool | nn.Module,
+    add_after_act: bool,
+) -> Tensor:
+    """A fused layer with as much of addition and activation as it takes."""
+    plain, act = _split_activation(relu)
+    if act is None:
+        return layer(residual, relu=plain, add_after_act=add_after_act)
+    if add_after_act:
+        y = act(layer(relu=False))
+        return y if residual is None else y + residual
+    return act(layer(residual, relu=False))
+
+
 def run_conv_bn_act(
     conv: nn.Module,
     bn: nn.Module,
@@ -218,14 +259,14 @@ def run_conv_bn_act(
     """
     if not fused or traced(x) or unfused_reason(conv, bn) is not None:
         return stock_tail(bn(conv(x)), bn, residual, relu, add_after_act)
-    plain, act = _split_activation(relu)
-    params, norm = conv_params(conv), norm_params(bn)
-    if act is None:
-        return conv_bn_act(x, params, norm, residual, relu=plain, add_after_act=add_after_act)
-    if add_after_act:
-        y = act(conv_bn_act(x, params, norm, relu=False))
-        return y if residual is None else y + residual
-    return act(conv_bn_act(x, params, norm, residual, relu=False))
+    params, norm, group = conv_params(conv), norm_params(bn), synchronised_group(bn)
+
+    def layer(residual: Tensor | None = None, **options: bool) -> Tensor:
+        if group is not None:
+            return conv_bn_act_synchronised(x, params, norm, group, residual, **options)
+        return conv_bn_act(x, params, norm, residual, **options)
+
+    return _fused_tail(layer, residual, relu, add_after_act)
 
 
 def run_bn_act(
@@ -240,10 +281,11 @@ def run_bn_act(
     """relu(bn(x) + residual): one ``bn_act`` where the norm allows it, else the norm itself."""
     if not fused or traced(x) or norm_reason(bn) is not None or _global_hook_reason() is not None:
         return stock_tail(bn(x), bn, residual, relu, add_after_act)
-    plain, act = _split_activation(relu)
-    if act is None:
-        return bn_act(x, norm_params(bn), residual, relu=plain, add_after_act=add_after_act)
-    if add_after_act:
-        y = act(bn_act(x, norm_params(bn), relu=False))
-        return y if residual is None else y + residual
-    return act(bn_act(x, norm_params(bn), residual, relu=False))
+    norm, group = norm_params(bn), synchronised_group(bn)
+
+    def layer(residual: Tensor | None = None, **options: bool) -> Tensor:
+        if group is not None:
+            return bn_act_synchronised(x, norm, group, residual, **options)
+        return bn_act(x, norm, residual, **options)
+
+    return _fused_tail(layer, residual, relu, add_after_act)
