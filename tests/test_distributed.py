@@ -6,6 +6,7 @@ The judge is one process with the joined batch: stock layers, or the criterion o
 from __future__ import annotations
 
 import copy
+import pickle
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,7 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import resfast
 import resfast.ops as fused_ops
-from resfast.ops import ConvParams, NormParams
+from resfast.backends import select
+from resfast.ops import ConvParams, NormParams, collectives
+from resfast.ops import norm as N
 from resfast.testing import OpCase, Tensors, _Recording, bn_case, conv_case, judge_seeds
 
 pytestmark = pytest.mark.skipif(
@@ -57,8 +60,7 @@ def join(values: dict[str, Tensor] | list[Tensor]):
     return every
 
 
-def synchronised_ops() -> SimpleNamespace:
-    group = dist.group.WORLD.group_name
+def synchronised_ops(group: str) -> SimpleNamespace:
     return SimpleNamespace(
         bn_act=lambda x, norm, r=None, **o: fused_ops.bn_act_synchronised(x, norm, group, r, **o),
         conv_bn_act=lambda x, conv, norm, r=None, **o: fused_ops.conv_bn_act_synchronised(
@@ -76,7 +78,7 @@ def run_split(
     """A case with its batch split between the ranks, the results put together again."""
     part = rows(len(dy), sizes)
     mine = {k: v[part] if k in BATCHES else v for k, v in tensors.items()}
-    ops = synchronised_ops()
+    ops = synchronised_ops(dist.group.WORLD.group_name)
     recording = _Recording(ops, None, None)
     case.run(recording, mine, None, layout)
     branches = [torch.cat(b) for b in zip(*join(recording.branches), strict=True)]
@@ -120,6 +122,122 @@ def fp32_meets_the_criterion_with_an_empty_rank():
 @on_ranks
 def bf16_meets_the_criterion():
     check_criterion(torch.bfloat16, 32, (6, 2))
+
+
+# ---- statistics of many ranks, in one process
+
+
+def merged(parts: list[Tensor], monkeypatch) -> list:
+    """What ``norm.synchronised`` gives to ranks that hold these parts."""
+    own: list[Tensor] = []
+
+    def listen(t, group):
+        own.append(t)
+        return torch.stack([t, t])
+
+    monkeypatch.setattr(collectives, "gathered", listen)
+    for z in parts:
+        N.synchronised(z, "")
+    monkeypatch.setattr(collectives, "gathered", lambda t, group: torch.stack(own))
+    return [N.synchronised(z, "") for z in parts]
+
+
+@pytest.fixture(params=["cpu", "eager", "triton"])
+def backend(request):
+    reasons = {name: reason for name, usable, reason in select.available() if not usable}
+    if request.param in reasons:
+        pytest.skip(reasons[request.param])
+    with resfast.backend(request.param):
+        yield
+
+
+def test_statistics_of_many_ranks(backend, monkeypatch):
+    # ranks apart by as much as they spread, far from 0: where rounding a rank's mean would show
+    parts = [torch.randn(n, 6, 5, 7) + 1e4 + i for i, n in enumerate((3, 1, 0, 4, 2))]
+    parts = [p.contiguous(memory_format=torch.channels_last) for p in parts]
+    z = torch.cat(parts).double()
+    every = merged(parts, monkeypatch)
+    stats, ranks = every[0]
+    assert float(ranks.total) == 10 * 5 * 7
+    assert torch.equal(stats.mean, z.mean((0, 2, 3)).float())
+    assert (stats.var.double() / z.var((0, 2, 3), unbiased=False) - 1).abs().max() < 1e-5
+    for other, _ in every:
+        assert torch.equal(other.mean, stats.mean)
+        assert torch.equal(other.var, stats.var)
+
+
+@pytest.mark.parametrize("value", [1e8, -1.1, 12345678.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_constant_channel_is_exact_on_many_ranks(dtype, value, monkeypatch):
+    parts = [torch.full((n, 3, 5, 7), value, dtype=dtype) for n in (0, 3, 1, 4)]
+    for stats, _ in merged(parts, monkeypatch):
+        assert (stats.mean == parts[0].new_tensor(value)).all()
+        assert (stats.var == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_single_rank_meets_the_criterion_on_each_backend(backend, dtype, monkeypatch):
+    monkeypatch.setattr(collectives, "gathered", lambda t, group: t.unsqueeze(0))
+    monkeypatch.setattr(collectives, "summed", lambda t, group: t.clone())
+    ops = synchronised_ops("alone")
+    case = conv_case("conv1x1_bn_add_relu", (1, 16, 5, 4), (16, 16, 1, 1), True, residual=True)
+
+    def ours(case, tensors, dy, layout):
+        recording = _Recording(ops, None, None)
+        case.run(recording, tensors, None, layout)
+        return recording.branches, case.run(ops, tensors, dy, layout)
+
+    with resfast.fusion("c0", "own"):  # statistics from the convolution, where it takes them
+        for verdict in judge_seeds(case, dtype, 8, ours=ours):
+            assert verdict.ok, verdict
+
+
+# ---- conversion
+
+
+def test_conversion_and_back():
+    model = small()
+    hooked = []
+    model.layer1[0].bn1.register_forward_hook(lambda *_: hooked.append(1))
+    model.layer2[0].bn1 = model.layer2[0].bn2  # shared
+    bn, keys = model.bn1, list(model.state_dict())
+    want = model(leaf(2, 3, 8, 8))
+    assert resfast.convert_sync_batchnorm(model) is model
+    assert model.bn1 is bn
+    assert type(bn) is nn.SyncBatchNorm
+    assert bn.process_group is None
+    assert model.layer2[0].bn1 is model.layer2[0].bn2
+    assert list(model.state_dict()) == keys
+    assert "residual_block" in ops_of(model)  # no peers: as before
+    torch.testing.assert_close(model(leaf(2, 3, 8, 8)), want, rtol=0, atol=0)
+    assert len(hooked) == 2
+    repr(model)
+    again = pickle.loads(pickle.dumps(model.layer3))
+    assert type(again[0].bn1) is nn.SyncBatchNorm
+    assert resfast.revert_sync_batchnorm(model) is model
+    assert type(bn) is nn.BatchNorm2d
+    assert vars(bn).keys() == vars(nn.BatchNorm2d(4)).keys()
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+
+
+class NormWithReLU(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize("norm", [NormWithReLU, nn.BatchNorm1d, nn.LazyBatchNorm2d])
+def test_conversion_refuses_what_would_lose_its_forward(norm):
+    model = nn.Sequential(nn.BatchNorm2d(4), norm() if norm is nn.LazyBatchNorm2d else norm(4))
+    with pytest.raises(TypeError, match=f"1 is a {norm.__name__}, not a plain BatchNorm2d"):
+        resfast.convert_sync_batchnorm(model)
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_a_converted_model_is_optimized_for_inference():
+    model = resfast.convert_sync_batchnorm(small().float()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(resfast.optimize_for_inference(model)(x), model(x))
 
 
 # ---- what the criterion does not see

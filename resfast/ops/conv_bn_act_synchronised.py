@@ -42,12 +42,10 @@ def _kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_activation(x)
     g = _geometry(stride, padding, dilation, groups)
-    z, local = C.fprop(C.Activation(x), weight, conv_bias, g, True)
+    z, local = C.fprop(C.Activation(x), weight, conv_bias, g, True, exact=True)
     check_norm(z, gamma, beta, running_mean, running_var, True, eps, synchronised=True)
     check_residual(residual, z)
-    if local is None:
-        local = N.statistics(z, None, None, True)
-    stats, ranks = N.synchronised(local, N.count(z), group)
+    stats, ranks = N.synchronised(z, group, local)
     y = N.apply(z, N.prepare(stats, gamma, beta, eps), residual, None, relu, add_after_act)
     return y, z, *stats, ranks.total
 

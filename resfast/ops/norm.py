@@ -56,11 +56,18 @@ class Ranks(NamedTuple):
     total: Tensor
 
 
-def synchronised(local: Statistics, n: int, group: str) -> tuple[Statistics, Ranks]:
-    """The statistics of all ranks' values, from each rank's own of n values; n may be 0.
+def synchronised(
+    z: Tensor, group: str, local: Statistics | None = None
+) -> tuple[Statistics, Ranks]:
+    """The statistics of all ranks' z; ``local``, exact ones of this rank's, if known already.
 
-    Chan's rule for any number of parts: var = Σ n_r·(var_r + (mean_r − mean)²) / Σ n_r, in fp64.
+    Chan's rule for any number of parts: var = Σ n_r·(var_r + (mean_r − mean)²) / Σ n_r, in fp64. A
+    rank's mean is not rounded before, for that would count where the ranks' means differ.
     """
+    n = count(z)
+    if local is None:
+        mean, m2 = select("norm_stats", z).norm_stats_exact(z)
+        local = Statistics(mean, m2.div_(max(1, n)))
     if n == 0:
         local = Statistics(*(torch.zeros_like(v) for v in local))
     own = torch.cat([*local, local.mean.new_full((1,), n, dtype=torch.float64)])
@@ -75,8 +82,8 @@ def synchronised(local: Statistics, n: int, group: str) -> tuple[Statistics, Ran
     pilot = means[counts.argmax()]
     mean = pilot + shares @ (means - pilot)
     var = shares @ (variances + (means - mean).square())
-    dtype = local.mean.dtype
-    return Statistics(mean.to(dtype), var.to(dtype)), Ranks(group, total)
+    acc = acc_dtype(z.dtype)
+    return Statistics(mean.to(acc), var.to(acc)), Ranks(group, total)
 
 
 def fake_statistics(z: Tensor) -> Statistics:
