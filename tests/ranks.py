@@ -53,7 +53,7 @@ def _run(checks: Sequence[Callable[[], None]], folder: Path, rank: int, size: in
             torch.manual_seed(0)
             check()
             outcome = ""
-        except Exception:
+        except BaseException:  # pytest's own failures are no Exceptions
             outcome = traceback.format_exc()
         (folder / f"{check.__name__}.{rank}").write_text(outcome)
         dist.destroy_process_group()

@@ -22,7 +22,9 @@ import resfast
 import resfast.ops as fused_ops
 from resfast.backends import select
 from resfast.ops import ConvParams, NormParams, collectives
+from resfast.ops import convolution as C
 from resfast.ops import norm as N
+from resfast.ops.registry import KERNELS
 from resfast.testing import OpCase, Tensors, _Recording, bn_case, conv_case, judge_seeds
 
 pytestmark = pytest.mark.skipif(
@@ -128,7 +130,7 @@ def bf16_meets_the_criterion():
 
 
 def merged(parts: list[Tensor], monkeypatch) -> list:
-    """What ``norm.synchronised`` gives to ranks that hold these parts."""
+    """What ``norm.synchronised`` gives to ranks that hold these parts; of none, NaN statistics."""
     own: list[Tensor] = []
 
     def listen(t, group):
@@ -136,17 +138,23 @@ def merged(parts: list[Tensor], monkeypatch) -> list:
         return torch.stack([t, t])
 
     monkeypatch.setattr(collectives, "gathered", listen)
-    for z in parts:
-        N.synchronised(z, "")
+    nothing = N.Statistics(*parts[0].new_full((2, parts[0].shape[1]), float("nan")).double())
+    local = [None if len(z) else nothing for z in parts]
+    for z, stats in zip(parts, local, strict=True):
+        N.synchronised(z, "", stats)
     monkeypatch.setattr(collectives, "gathered", lambda t, group: torch.stack(own))
-    return [N.synchronised(z, "") for z in parts]
+    return [N.synchronised(z, "", stats) for z, stats in zip(parts, local, strict=True)]
+
+
+def skip_without(backend: str) -> None:
+    reasons = {name: reason for name, usable, reason in select.available() if not usable}
+    if backend in reasons:
+        pytest.skip(reasons[backend])
 
 
 @pytest.fixture(params=["cpu", "eager", "triton"])
 def backend(request):
-    reasons = {name: reason for name, usable, reason in select.available() if not usable}
-    if request.param in reasons:
-        pytest.skip(reasons[request.param])
+    skip_without(request.param)
     with resfast.backend(request.param):
         yield
 
@@ -164,6 +172,29 @@ def test_statistics_of_many_ranks(backend, monkeypatch):
     for other, _ in every:
         assert torch.equal(other.mean, stats.mean)
         assert torch.equal(other.var, stats.var)
+
+
+def test_statistics_out_of_a_convolution_are_not_rounded_either():
+    skip_without("triton")
+    x, w = torch.randn(2, 16, 5, 4) + 1e4, torch.randn(16, 16, 1, 1)
+    geometry = ConvParams(w).geometry
+    with resfast.backend("triton"), resfast.fusion("c0", "own"):
+        z, stats = C.fprop(C.Activation(x), w, None, geometry, True, exact=True)
+    torch.testing.assert_close(stats.mean, z.double().mean((0, 2, 3)), rtol=1e-9, atol=0)
+
+
+def test_no_value_is_read_off_the_device(monkeypatch):
+    monkeypatch.setattr(collectives, "gathered", lambda t, group: torch.stack([t, t]))
+    monkeypatch.setattr(collectives, "summed", lambda t, group: t.clone())
+    with torch.device("meta"):  # where there are no values: reading one raises
+        z, dy = torch.empty(4, 3, 5, 7), torch.empty(4, 3, 5, 7)
+        running_mean, running_var = torch.zeros(3), torch.ones(3)
+    stats, ranks = N.synchronised(z, "")
+    prepared = N.prepare(stats, None, None, 1e-5)
+    g = N.backward(dy, z, prepared, y=None, relu=True, training=True, ranks=ranks)
+    assert g.dz.shape == z.shape
+    update = KERNELS[torch.ops.resfast.update_running_stats.default]  # the op itself runs its fake
+    update(running_mean, running_var, None, *stats, N.count(z), 0.1, ranks.total)
 
 
 @pytest.mark.parametrize("value", [1e8, -1.1, 12345678.0])

@@ -16,8 +16,8 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any | None = None) -
     themselves, so that hooks and sharing stay. ``revert_sync_batchnorm`` undoes it.
 
     Args:
-        process_group: whose ranks normalise together; None for all. Norms that are
-            SyncBatchNorms already get it too.
+        process_group: whose ranks normalise together; None for all. Norms that are SyncBatchNorms
+            already get it too. With one given, model can be copied or pickled only once reverted.
 
     Raises:
         TypeError: a batch norm of another kind: converted, it would lose its own forward.

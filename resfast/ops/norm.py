@@ -79,7 +79,7 @@ def synchronised(
     shares = counts / total.clamp(min=1)
     means, variances = rows[:, :-1].chunk(2, 1)
     # relative to a rank that has values: equal means come out exactly
-    pilot = means[counts.argmax()]
+    pilot = means.index_select(0, counts.argmax(0, keepdim=True)).squeeze(0)
     mean = pilot + shares @ (means - pilot)
     var = shares @ (variances + (means - mean).square())
     acc = acc_dtype(z.dtype)
