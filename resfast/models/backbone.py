@@ -17,7 +17,6 @@ from resfast.nn.fuse import (
     norm_reason,
     plain_reason,
     run_conv_bn_act,
-    synchronised_reason,
     traced,
 )
 from resfast.nn.layers import BlurPool2d
@@ -99,7 +98,6 @@ class Backbone(Fusible):
             return "inference: the norm joins the convolution"
         reason = (
             norm_reason(self.bn1)
-            or synchronised_reason(self.bn1)
             or plain_reason(self.relu, nn.ReLU)
             or plain_reason(self.maxpool, nn.MaxPool2d)
         )

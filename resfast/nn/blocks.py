@@ -31,8 +31,8 @@ from resfast.nn.fuse import (
     run_bn_act,
     run_conv_bn_act,
     synchronised_group,
-    synchronised_reason,
     traced,
+    unfused_norm_reason,
     unfused_reason,
 )
 from resfast.nn.layers import BlurPool2d, DropPath, SqueezeExcite
@@ -116,7 +116,7 @@ def layer_row(module: Fusible, conv: str, bn: str, why_layer: str | None = None)
 def norm_row(module: Fusible, bn: str) -> PlanRow:
     """The plan's row of a norm without a convolution before it."""
     norm = module.get_submodule(bn)
-    reason = _off(module) or norm_reason(norm) or _global_hook_reason()
+    reason = _off(module) or unfused_norm_reason(norm)
     op = "bn_act" if synchronised_group(norm) is None else "bn_act_synchronised"
     return PlanRow((bn,), "unfused" if reason else op, reason)
 
@@ -365,7 +365,7 @@ def run_stages(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 def _block_layer_reason(conv: nn.Module, bn: nn.Module) -> str | None:
     """Why ``residual_block`` cannot take this pair, or None."""
-    reason = conv_reason(conv) or norm_reason(bn) or synchronised_reason(bn)
+    reason = conv_reason(conv) or norm_reason(bn)
     if reason is not None:
         return reason
     if read(conv, conv._parameters, "bias") is not None:

@@ -160,10 +160,15 @@ def conv_reason(conv: nn.Module) -> str | None:
     return _hook_reason(conv)
 
 
-def norm_reason(bn: nn.Module) -> str | None:
-    """Why a norm cannot be read by a fused op, or None. Eval and frozen norms can."""
+def norm_reason(bn: nn.Module, synchronises: bool = False) -> str | None:
+    """Why a norm cannot be read by a fused op, or None. Eval and frozen norms can.
+
+    ``synchronises``: by an op that has a form for norms synchronised between ranks.
+    """
     if type(bn) is not nn.BatchNorm2d and type(bn) is not nn.SyncBatchNorm:
         return f"{type(bn).__name__} is not a plain BatchNorm2d or SyncBatchNorm"
+    if not synchronises and synchronised_group(bn) is not None:
+        return "a norm synchronised between ranks"
     return _hook_reason(bn)
 
 
@@ -180,14 +185,14 @@ def synchronised_group(bn: nn.Module) -> str | None:
     return group.group_name if torch.distributed.get_world_size(group) > 1 else None
 
 
-def synchronised_reason(bn: nn.Module) -> str | None:
-    """Why a norm cannot be part of an op that has no collective inside, or None."""
-    return None if synchronised_group(bn) is None else "a norm synchronised between ranks"
-
-
 def unfused_reason(conv: nn.Module, bn: nn.Module) -> str | None:
     """Why this pair runs as two stock modules, or None where it becomes one ``conv_bn_act``."""
-    return conv_reason(conv) or norm_reason(bn) or _global_hook_reason()
+    return conv_reason(conv) or norm_reason(bn, synchronises=True) or _global_hook_reason()
+
+
+def unfused_norm_reason(bn: nn.Module) -> str | None:
+    """Why a norm without a convolution runs as a stock module, or None: it becomes a ``bn_act``."""
+    return norm_reason(bn, synchronises=True) or _global_hook_reason()
 
 
 def _split_activation(relu: bool | nn.Module) -> tuple[bool, nn.Module | None]:
@@ -279,7 +284,7 @@ def run_bn_act(
     fused: bool = True,
 ) -> Tensor:
     """relu(bn(x) + residual): one ``bn_act`` where the norm allows it, else the norm itself."""
-    if not fused or traced(x) or norm_reason(bn) is not None or _global_hook_reason() is not None:
+    if not fused or traced(x) or unfused_norm_reason(bn) is not None:
         return stock_tail(bn(x), bn, residual, relu, add_after_act)
     norm, group = norm_params(bn), synchronised_group(bn)
 
