@@ -200,7 +200,8 @@ def test_no_value_is_read_off_the_device(monkeypatch):
 @pytest.mark.parametrize("value", [1e8, -1.1, 12345678.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_constant_channel_is_exact_on_many_ranks(dtype, value, monkeypatch):
-    parts = [torch.full((n, 3, 5, 7), value, dtype=dtype) for n in (0, 3, 1, 3)]  # in sevenths
+    # 13 in all: the shares, rounded, do not add up to 1
+    parts = [torch.full((n, 3, 5, 7), value, dtype=dtype) for n in (0, 5, 1, 4, 3)]
     for stats, _ in merged(parts, monkeypatch):
         assert (stats.mean == parts[0].new_tensor(value)).all()
         assert (stats.var == 0).all()
@@ -558,7 +559,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
 
-def batches(steps: int, n: int, side: int = 16) -> list[tuple[Tensor, Tensor]]:
+def batches(steps: int, n: int, side: int = 8) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(11)
     return [
         (
@@ -630,7 +631,7 @@ def ddp_with_synchronised_norms_trains_as_one_process():
         model = block()
         want = resfast.unfused(model)
         parallel = on_cpu(model, **options)
-        data = batches(3, 8)
+        data = batches(2, 8)
         train(want, data)
         train(parallel, data, rows(8, sizes))
         assert_same_training(model, want)
@@ -638,11 +639,11 @@ def ddp_with_synchronised_norms_trains_as_one_process():
 
 @on_ranks
 def ddp_with_plain_norms_trains_as_stock():
-    for options in DDP_OPTIONS:
+    for options in DDP_OPTIONS[:2]:
         model = small(memory_efficient=True)
         want = resfast.unfused(model)
         assert ops_of(model) == {"residual_block", "conv_bn_act"}
-        data = batches(3, 8)
+        data = batches(2, 8)
         for m in (model, want):
             train(DistributedDataParallel(m, **options), data, rows(8, (5, 3)))
         assert_same_training(model, want)
@@ -680,7 +681,7 @@ def fsdp_with_synchronised_norms_trains_as_one_process():
     model = small()
     want = resfast.unfused(model)
     sharded(resfast.convert_sync_batchnorm(model))
-    data = batches(3, 8)
+    data = batches(2, 8)
     train(want, data)
     train(model, data, rows(8, (5, 3)))
     assert ops_of(model) == {"conv_bn_act_synchronised"}
@@ -696,9 +697,9 @@ def fsdp_with_synchronised_norms_trains_as_one_process():
 
 @on_ranks
 def fsdp_with_plain_norms_trains_as_stock():
-    model = small(resfast.Bottleneck)
+    model = small()
     want = resfast.unfused(model)
-    data = batches(3, 8)
+    data = batches(2, 8)
     train(DistributedDataParallel(want, broadcast_buffers=False), data, rows(8, (5, 3)))
     train(sharded(model), data, rows(8, (5, 3)))
     assert ops_of(model) == {"residual_block", "conv_bn_act"}
