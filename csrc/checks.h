@@ -87,18 +87,31 @@ inline void check_activation_like(const OptionalTensor& t, const char* name, con
 }
 
 // A per-channel vector in the accumulation type of `activation`.
-inline void check_channel_vector(const Tensor& t, const char* name, const Tensor& activation) {
+inline void check_channel_layout(const Tensor& t, const char* name, const Tensor& activation) {
   check_cpu(t, name);
-  const ScalarType acc =
-      activation.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const int64_t channels = activation.size(1);
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels, name, " must have shape [", channels,
                   "], one value per channel, got ", shape_of(t));
+  STD_TORCH_CHECK(channels <= 1 || t.stride(0) == 1, name, " must be contiguous, got stride ",
+                  t.stride(0));
+}
+
+inline void check_channel_vector(const Tensor& t, const char* name, const Tensor& activation) {
+  check_channel_layout(t, name, activation);
+  const ScalarType acc =
+      activation.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(t.scalar_type() == acc, name, " must be ", torch::headeronly::toString(acc),
                   " for ", torch::headeronly::toString(activation.scalar_type()),
                   " activations, got ", torch::headeronly::toString(t.scalar_type()));
-  STD_TORCH_CHECK(channels <= 1 || t.stride(0) == 1, name, " must be contiguous, got stride ",
-                  t.stride(0));
+}
+
+// A statistic that is returned may be double for any activation: for who merges it with others.
+inline void check_statistic(const Tensor& t, const char* name, const Tensor& activation) {
+  if (t.scalar_type() == ScalarType::Double) {
+    check_channel_layout(t, name, activation);
+  } else {
+    check_channel_vector(t, name, activation);
+  }
 }
 
 inline void check_channel_vector(const OptionalTensor& t, const char* name,

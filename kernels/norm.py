@@ -296,8 +296,8 @@ def _merge_stats_kernel(
     tl.store(out_m2_ptr + o_out, m2.to(out_m2_ptr.dtype.element_ty), mask=m_c)
 
 
-def merge_stats(tiles: TileStats) -> tuple[Tensor, Tensor]:
-    """(mean, M2), each ``[C]``, by Chan's rule in float64, the tiles in their order.
+def merge_stats(tiles: TileStats, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """(mean, M2), each ``[C]`` of dtype, by Chan's rule in float64, the tiles in their order.
 
     Many tiles are merged in groups first, side by side.
     """
@@ -305,9 +305,9 @@ def merge_stats(tiles: TileStats) -> tuple[Tensor, Tensor]:
     t, c = mean.shape
     groups = triton.cdiv(t, MERGE_GROUP) if t > 2 * MERGE_GROUP else 1
     group = MERGE_GROUP if groups > 1 else max(1, t)
-    dtype = torch.float64 if groups > 1 else torch.float32
+    out = {"dtype": torch.float64 if groups > 1 else dtype, "device": mean.device}
     # apart: ops return them, and an op's outputs may not share memory
-    out_mean, out_m2 = (torch.empty(groups, c, dtype=dtype, device=mean.device) for _ in range(2))
+    out_mean, out_m2 = (torch.empty(groups, c, **out) for _ in range(2))
     launch(
         _merge_stats_kernel,
         (triton.cdiv(c, 8), groups),
@@ -321,7 +321,7 @@ def merge_stats(tiles: TileStats) -> tuple[Tensor, Tensor]:
         num_warps=4 if t > 32 else 1,
     )
     if groups > 1:
-        return merge_stats(TileStats(out_mean, out_m2, rows * group, count))
+        return merge_stats(TileStats(out_mean, out_m2, rows * group, count), dtype)
     return out_mean[0], out_m2[0]
 
 

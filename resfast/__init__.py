@@ -30,7 +30,15 @@ from resfast.models import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
-from resfast.nn import BasicBlock, Bottleneck, ConvBNAct, set_fused, unfused
+from resfast.nn import (
+    BasicBlock,
+    Bottleneck,
+    ConvBNAct,
+    convert_sync_batchnorm,
+    revert_sync_batchnorm,
+    set_fused,
+    unfused,
+)
 from resfast.ops import strict
 
 native.warn_if_unavailable()
@@ -47,6 +55,7 @@ __all__ = [
     "accelerate",
     "backend",
     "clear_caches",
+    "convert_sync_batchnorm",
     "create_model",
     "explain",
     "fusion",
@@ -66,6 +75,7 @@ __all__ = [
     "resnext101_32x8d",
     "resnext101_64x4d",
     "restore",
+    "revert_sync_batchnorm",
     "set_fused",
     "simple_resnet",
     "strict",

@@ -602,8 +602,35 @@ def judge(quantity: str, errors: Sequence[Errors], dtype: torch.dtype) -> Verdic
     )
 
 
+# An implementation of a case: (branches its ReLUs and max-pools took, results) of
+# (case, tensors, dy, layout).
+Implementation = Callable[[OpCase, Tensors, Tensor, str], tuple[list[Tensor], Tensors]]
+
+
+def _by_ops(ops: Any, *pool_indices: Callable) -> Implementation:
+    """A case run by ``ops``."""
+
+    def run(
+        case: OpCase, tensors: Tensors, dy: Tensor, layout: str
+    ) -> tuple[list[Tensor], Tensors]:
+        recording = _Recording(ops, *pool_indices)
+        case.run(recording, tensors, None, layout)
+        return recording.branches, case.run(ops, tensors, dy, layout)
+
+    return run
+
+
+run_fused = _by_ops(fused_ops, _fused_pool_index, _fused_conv_pool_index)
+_run_stock = _by_ops(stock_ops, _stock_pool_index, _stock_conv_pool_index)
+
+
 def compare(
-    case: OpCase, dtype: torch.dtype, layout: str, seed: int, device: str = "cpu"
+    case: OpCase,
+    dtype: torch.dtype,
+    layout: str,
+    seed: int,
+    device: str = "cpu",
+    ours: Implementation = run_fused,
 ) -> dict[str, Errors]:
     """Run the fused op, stock's paths and the float64 reference on the same inputs.
 
@@ -618,17 +645,15 @@ def compare(
     shape = plain["y"].shape
     dy = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1)).to(device, dtype)
 
-    def run(ops: Any, pool_indices: Sequence[Callable], layout: str) -> tuple[Tensors, Tensors]:
-        recording = _Recording(ops, *pool_indices)
-        case.run(recording, tensors, None, layout)
-        branches = [b if b.dtype == torch.int64 else b.double() for b in recording.branches]
+    def run(implementation: Implementation, layout: str) -> tuple[Tensors, Tensors]:
+        branches, results = implementation(case, tensors, dy, layout)
+        branches = [b if b.dtype == torch.int64 else b.double() for b in branches]
         ref = case.run(_Reference(branches), exact, dy.double(), "nchw")
-        return case.run(ops, tensors, dy, layout), ref | plain
+        return results, ref | plain
 
-    got, ref = run(fused_ops, (_fused_pool_index, _fused_conv_pool_index), layout)
+    got, ref = run(ours, layout)
     assert set(got) == set(ref), f"{sorted(got)} against {sorted(ref)}"
-    stock_indices = (_stock_pool_index, _stock_conv_pool_index)
-    stock = [run(stock_ops, stock_indices, stock_layout) for stock_layout in LAYOUTS]
+    stock = [run(_run_stock, stock_layout) for stock_layout in LAYOUTS]
     if not case.training:
         # without autograd an op takes its inference form
         with torch.no_grad():
@@ -644,9 +669,10 @@ def judge_seeds(
     seeds: int,
     device: str = "cpu",
     layouts: Sequence[str] = tuple(LAYOUTS),
+    ours: Implementation = run_fused,
 ) -> list[Verdict]:
     """The worst verdict of each quantity over pools of ``seeds`` inputs, ``layouts`` by turns."""
-    runs = [compare(case, dtype, layouts[i % len(layouts)], i, device) for i in range(seeds)]
+    runs = [compare(case, dtype, layouts[i % len(layouts)], i, device, ours) for i in range(seeds)]
     verdicts = []
     for quantity, first in runs[0].items():
         per_pool = min(seeds, max(POOL_INPUTS, -(-POOL_VALUES // first.values)))

@@ -163,8 +163,8 @@ class Partials {
 
 void norm_stats(const Tensor& z, const Tensor& mean, const Tensor& m2) {
   check_activation(z, "z");
-  check_channel_vector(mean, "mean", z);
-  check_channel_vector(m2, "m2", z);
+  check_statistic(mean, "mean", z);
+  check_statistic(m2, "m2", z);
   check_memory({{"mean", mean, Access::whole}, {"m2", m2, Access::whole}}, {{"z", z}});
 
   const Plan plan(z);

@@ -107,7 +107,13 @@ class CpuBackend(Backend):
         return packing_declines(x, weight, residual)
 
     def norm_stats(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        mean = torch.empty(z.shape[1], dtype=acc_dtype(z.dtype))
+        return self._moments(z, acc_dtype(z.dtype))
+
+    def norm_stats_exact(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self._moments(z, torch.float64)
+
+    def _moments(self, z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        mean = torch.empty(z.shape[1], dtype=dtype)
         m2 = torch.empty_like(mean)
         _native.norm_stats(nhwc(z), mean, m2)
         return mean, m2

@@ -33,13 +33,18 @@ class EagerBackend(Backend):
         return None
 
     def norm_stats(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        mean, m2 = self.norm_stats_exact(z)
+        return mean.to(m2.dtype), m2
+
+    def norm_stats_exact(self, z: Tensor) -> tuple[Tensor, Tensor]:
         z = z.to(acc_dtype(z.dtype))
         if z.shape[0] * z.shape[2] * z.shape[3] == 0:
             return z.new_zeros(z.shape[1]), z.new_zeros(z.shape[1])
         pilot = z.mean((0, 2, 3), keepdim=True)
         rest = z - pilot  # its mean corrects the pilot's rounding
         correction = rest.mean((0, 2, 3), keepdim=True)
-        return (pilot + correction).flatten(), (rest - correction).square_().sum((0, 2, 3))
+        mean = (pilot.double() + correction.double()).flatten()
+        return mean, (rest - correction).square_().sum((0, 2, 3))
 
     def norm_apply(
         self,

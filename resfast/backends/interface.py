@@ -231,8 +231,12 @@ class Backend:
         g: ConvGeometry,
         prologue: Affine | None,
         statistics: bool,
+        exact: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """(z, (mean, M2) of z if asked for); the input is relu(affine(x)) with a prologue."""
+        """(z, (mean, M2) of z if asked for); the input is relu(affine(x)) with a prologue.
+
+        ``exact``: as of ``norm_stats_exact``.
+        """
         raise NotImplementedError
 
     def conv_dgrad_fused(
@@ -294,6 +298,10 @@ class Backend:
     def norm_stats(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, M2) per channel over N, H, W; M2 = Σ(z − mean)²."""
         raise NotImplementedError
+
+    def norm_stats_exact(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``norm_stats`` whose mean is not rounded to fp32, where the backend can."""
+        return self.norm_stats(z)
 
     def norm_apply(
         self,

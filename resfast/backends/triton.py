@@ -153,6 +153,7 @@ class TritonBackend(Backend):
         g: ConvGeometry,
         prologue: Affine | None,
         statistics: bool,
+        exact: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         kernels = _kernels()
         x, weight = nhwc(x), nhwc(weight)
@@ -174,7 +175,9 @@ class TritonBackend(Backend):
 
         normed, variant = prologue is not None, (prologue, statistics)
         z, tiles = _fastest("conv_fprop", x, weight, g, normed, variant, run, library)
-        return z, None if tiles is None else kernels.norm.merge_stats(tiles)
+        if tiles is None:
+            return z, None
+        return z, kernels.norm.merge_stats(tiles, torch.float64 if exact else torch.float32)
 
     def conv_dgrad_fused(
         self,
@@ -331,6 +334,10 @@ class TritonBackend(Backend):
     def norm_stats(self, z: Tensor) -> tuple[Tensor, Tensor]:
         norm = _kernels().norm
         return norm.merge_stats(norm.norm_stats(nhwc(z)))
+
+    def norm_stats_exact(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        norm = _kernels().norm
+        return norm.merge_stats(norm.norm_stats(nhwc(z)), torch.float64)
 
     def norm_apply(
         self,

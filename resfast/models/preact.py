@@ -16,8 +16,8 @@ from resfast.models.backbone import (
 )
 from resfast.models.registry import register_model
 from resfast.models.weights import load_weights
-from resfast.nn.blocks import NormLayer, PreActBlock, PreActBottleneck, _off, conv1x1
-from resfast.nn.fuse import PlanRow, norm_reason, run_bn_act
+from resfast.nn.blocks import NormLayer, PreActBlock, PreActBottleneck, conv1x1, norm_row
+from resfast.nn.fuse import PlanRow, run_bn_act
 
 
 class PreActResNet(Backbone):
@@ -93,8 +93,7 @@ class PreActResNet(Backbone):
         return self.forward_stages(x)[-1]
 
     def plan(self) -> list[PlanRow]:
-        reason = _off(self) or norm_reason(self.bn2)
-        return [*super().plan(), PlanRow(("bn2",), "unfused" if reason else "bn_act", reason)]
+        return [*super().plan(), norm_row(self, "bn2")]
 
 
 def _preact(block: type[PreActBlock], layers: list[int], weights, progress, kwargs):

@@ -41,7 +41,7 @@ class ResNet(Backbone):
         zero_init_residual: each block starts as its shortcut (last gamma 0).
         groups, width_per_group: of the 3×3 convolutions (ResNeXt, wide ResNet).
         replace_stride_with_dilation: for layer2, layer3, layer4.
-        norm_layer: called with the channel count; only ``nn.BatchNorm2d`` fuses.
+        norm_layer: called with the channel count; BatchNorm2d and SyncBatchNorm fuse.
         stem: "imagenet" (7×7 and max-pool), "cifar" (one 3×3, no pool), "deep" (three 3×3).
         stride_position: of Bottleneck, "3x3" (v1.5) or "1x1" (v1).
         shortcut: "conv" or "d" (average pool, then 1×1: ResNet-D, arXiv:1812.01187).

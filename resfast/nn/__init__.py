@@ -20,6 +20,7 @@ from resfast.nn.fuse import (
     unfused_reason,
 )
 from resfast.nn.layers import BlurPool2d, DropPath, SqueezeExcite
+from resfast.nn.synchronise import convert_sync_batchnorm, revert_sync_batchnorm
 
 __all__ = [
     "BasicBlock",
@@ -34,7 +35,9 @@ __all__ = [
     "ResidualBlock",
     "SqueezeExcite",
     "conv_params",
+    "convert_sync_batchnorm",
     "norm_params",
+    "revert_sync_batchnorm",
     "run_bn_act",
     "run_conv_bn_act",
     "set_fused",

@@ -30,7 +30,9 @@ from resfast.nn.fuse import (
     read,
     run_bn_act,
     run_conv_bn_act,
+    synchronised_group,
     traced,
+    unfused_norm_reason,
     unfused_reason,
 )
 from resfast.nn.layers import BlurPool2d, DropPath, SqueezeExcite
@@ -105,8 +107,18 @@ class ConvBNAct(Fusible):
 
 def layer_row(module: Fusible, conv: str, bn: str, why_layer: str | None = None) -> PlanRow:
     """The plan's row of one conv+bn pair, named by paths below module."""
-    reason = _off(module) or unfused_reason(module.get_submodule(conv), module.get_submodule(bn))
-    return PlanRow((conv, bn), "unfused" if reason else "conv_bn_act", reason or why_layer)
+    norm = module.get_submodule(bn)
+    reason = _off(module) or unfused_reason(module.get_submodule(conv), norm)
+    op = "conv_bn_act" if synchronised_group(norm) is None else "conv_bn_act_synchronised"
+    return PlanRow((conv, bn), "unfused" if reason else op, reason or why_layer)
+
+
+def norm_row(module: Fusible, bn: str) -> PlanRow:
+    """The plan's row of a norm without a convolution before it."""
+    norm = module.get_submodule(bn)
+    reason = _off(module) or unfused_norm_reason(norm)
+    op = "bn_act" if synchronised_group(norm) is None else "bn_act_synchronised"
+    return PlanRow((bn,), "unfused" if reason else op, reason)
 
 
 def _off(module: Fusible) -> str | None:
@@ -609,8 +621,7 @@ class PreActBlock(Block):
     def plan(self) -> list[PlanRow]:
         rows = []
         if self.bn1 is not None:
-            reason = _off(self) or norm_reason(self.bn1) or _global_hook_reason()
-            rows.append(PlanRow(("bn1",), "unfused" if reason else "bn_act", reason))
+            rows.append(norm_row(self, "bn1"))
         return rows + [layer_row(self, conv, bn) for conv, bn in self.layer_names]
 
 

@@ -1,14 +1,15 @@
 """From stock child modules to fused ops: read their parameters, or say why they run themselves.
 
 A layer is fused only when nobody could tell the difference: exact stock types, no hooks; of norms
-BatchNorm2d and torchvision's FrozenBatchNorm2d. Whatever else a user puts in a child's place
-(SyncBatchNorm, GroupNorm, a parametrised convolution, a module with a hook) is called as it is.
+BatchNorm2d, SyncBatchNorm (with a collective where it has one) and torchvision's FrozenBatchNorm2d.
+Whatever else a user puts in a child's place (GroupNorm, a parametrised convolution, a module with a
+hook) is called as it is.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as _module
 
-from resfast.ops import ConvParams, NormParams, bn_act, conv_bn_act
+from resfast.ops import (
+    ConvParams,
+    NormParams,
+    bn_act,
+    bn_act_synchronised,
+    conv_bn_act,
+    conv_bn_act_synchronised,
+)
 
 
 class PlanRow(NamedTuple):
@@ -127,7 +135,7 @@ def is_frozen_norm(m: nn.Module) -> bool:
     return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__.startswith("torchvision.")
 
 
-def norm_params(bn: nn.BatchNorm2d | Any) -> NormParams:
+def norm_params(bn: nn.BatchNorm2d | nn.SyncBatchNorm | Any) -> NormParams:
     """What a fused op needs of a batch norm, with the rules of ``BatchNorm2d.forward``."""
     if type(bn) is not nn.BatchNorm2d and is_frozen_norm(bn):
         vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)  # buffers, all four
@@ -162,19 +170,42 @@ def conv_reason(conv: nn.Module) -> str | None:
     return _hook_reason(conv)
 
 
-def norm_reason(bn: nn.Module) -> str | None:
-    """Why a norm cannot be read by a fused op, or None. Eval and frozen norms can."""
-    if type(bn) is not nn.BatchNorm2d:
+def norm_reason(bn: nn.Module, synchronises: bool = False) -> str | None:
+    """Why a norm cannot be read by a fused op, or None. Eval and frozen norms can.
+
+    ``synchronises``: by an op that has a form for norms synchronised between ranks.
+    """
+    if type(bn) is not nn.BatchNorm2d and type(bn) is not nn.SyncBatchNorm:
         if not is_frozen_norm(bn):
-            return f"{type(bn).__name__} is not a plain BatchNorm2d"
+            return f"{type(bn).__name__} is not a plain BatchNorm2d or SyncBatchNorm"
         if torch.is_autocast_enabled(read(bn, bn._buffers, "weight").device.type):
             return "FrozenBatchNorm2d returns float32 under autocast"
+    if not synchronises and synchronised_group(bn) is not None:
+        return "a norm synchronised between ranks"
     return _hook_reason(bn)
+
+
+def synchronised_group(bn: nn.Module) -> str | None:
+    """The name of the process group whose ranks bn normalises together now, or None.
+
+    By the rules of ``SyncBatchNorm.forward``: not in eval, nor without peers.
+    """
+    if type(bn) is not nn.SyncBatchNorm or not bn.training:
+        return None
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    group: Any = bn.process_group or torch.distributed.group.WORLD
+    return group.group_name if torch.distributed.get_world_size(group) > 1 else None
 
 
 def unfused_reason(conv: nn.Module, bn: nn.Module) -> str | None:
     """Why this pair runs as two stock modules, or None where it becomes one ``conv_bn_act``."""
-    return conv_reason(conv) or norm_reason(bn) or _global_hook_reason()
+    return conv_reason(conv) or norm_reason(bn, synchronises=True) or _global_hook_reason()
+
+
+def unfused_norm_reason(bn: nn.Module) -> str | None:
+    """Why a norm without a convolution runs as a stock module, or None: it becomes a ``bn_act``."""
+    return norm_reason(bn, synchronises=True) or _global_hook_reason()
 
 
 def _split_activation(relu: bool | nn.Module) -> tuple[bool, nn.Module | None]:
@@ -213,6 +244,22 @@ def stock_tail(
     return y
 
 
+def _fused_tail(
+    layer: Callable[..., Tensor],
+    residual: Tensor | None,
+    relu: bool | nn.Module,
+    add_after_act: bool,
+) -> Tensor:
+    """A fused layer with as much of addition and activation as it takes."""
+    plain, act = _split_activation(relu)
+    if act is None:
+        return layer(residual, relu=plain, add_after_act=add_after_act)
+    if add_after_act:
+        y = act(layer(relu=False))
+        return y if residual is None else y + residual
+    return act(layer(residual, relu=False))
+
+
 def run_conv_bn_act(
     conv: nn.Module,
     bn: nn.Module,
@@ -230,14 +277,14 @@ def run_conv_bn_act(
     """
     if not fused or traced(x) or unfused_reason(conv, bn) is not None:
         return stock_tail(bn(conv(x)), bn, residual, relu, add_after_act)
-    plain, act = _split_activation(relu)
-    params, norm = conv_params(conv), norm_params(bn)
-    if act is None:
-        return conv_bn_act(x, params, norm, residual, relu=plain, add_after_act=add_after_act)
-    if add_after_act:
-        y = act(conv_bn_act(x, params, norm, relu=False))
-        return y if residual is None else y + residual
-    return act(conv_bn_act(x, params, norm, residual, relu=False))
+    params, norm, group = conv_params(conv), norm_params(bn), synchronised_group(bn)
+
+    def layer(residual: Tensor | None = None, **options: bool) -> Tensor:
+        if group is not None:
+            return conv_bn_act_synchronised(x, params, norm, group, residual, **options)
+        return conv_bn_act(x, params, norm, residual, **options)
+
+    return _fused_tail(layer, residual, relu, add_after_act)
 
 
 def run_bn_act(
@@ -250,12 +297,13 @@ def run_bn_act(
     fused: bool = True,
 ) -> Tensor:
     """relu(bn(x) + residual): one ``bn_act`` where the norm allows it, else the norm itself."""
-    if not fused or traced(x) or norm_reason(bn) is not None or _global_hook_reason() is not None:
+    if not fused or traced(x) or unfused_norm_reason(bn) is not None:
         return stock_tail(bn(x), bn, residual, relu, add_after_act)
-    plain, act = _split_activation(relu)
-    if act is None:
-        return bn_act(x, norm_params(bn), residual, relu=plain, add_after_act=add_after_act)
-    if add_after_act:
-        y = act(bn_act(x, norm_params(bn), relu=False))
-        return y if residual is None else y + residual
-    return act(bn_act(x, norm_params(bn), residual, relu=False))
+    norm, group = norm_params(bn), synchronised_group(bn)
+
+    def layer(residual: Tensor | None = None, **options: bool) -> Tensor:
+        if group is not None:
+            return bn_act_synchronised(x, norm, group, residual, **options)
+        return bn_act(x, norm, residual, **options)
+
+    return _fused_tail(layer, residual, relu, add_after_act)

@@ -43,8 +43,11 @@ def check_norm(
     running_var: Tensor | None,
     training: bool,
     eps: float,
+    synchronised: bool = False,
 ) -> None:
     """Vectors of z's channel count, dtype and device that batch norm accepts.
+
+    A synchronised norm's values are counted over all ranks, in ``ops/norm.py``.
 
     Raises:
         RuntimeError: a vector's size, dtype or device is wrong, or running statistics are missing.
@@ -83,7 +86,7 @@ def check_norm(
         raise RuntimeError(
             "Expected running_mean and running_var to be defined when training=False"
         )
-    if training and z.shape[0] * z.shape[2] * z.shape[3] == 1:
+    if training and not synchronised and z.shape[0] * z.shape[2] * z.shape[3] == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {z.shape}"
         )

@@ -79,16 +79,24 @@ def stored(a: Activation) -> Tensor:
 
 
 def fprop(
-    a: Activation, weight: Tensor, bias: Tensor | None, g: ConvGeometry, statistics: bool
+    a: Activation,
+    weight: Tensor,
+    bias: Tensor | None,
+    g: ConvGeometry,
+    statistics: bool,
+    exact: bool = False,
 ) -> tuple[Tensor, N.Statistics | None]:
-    """z ``[N, K, P, Q]``, and its statistics where they are asked for and cost no extra pass."""
+    """z ``[N, K, P, Q]``, and its statistics where they are asked for and cost no extra pass.
+
+    ``exact``: their mean is not rounded to fp32.
+    """
     wanted = {"prologue": a.norm is not None and a.a is None, "epilogue": statistics}
     use = _used("conv_fprop", a.z, weight, g, wanted)
     x = a.z if use.prologue else stored(a)
     if not use.own:
         return use.backend.conv_fprop(x, weight, bias, g), None
     prologue = a.norm.affine if a.norm is not None and use.prologue else None
-    z, moments = use.backend.conv_fprop_fused(x, weight, bias, g, prologue, use.epilogue)
+    z, moments = use.backend.conv_fprop_fused(x, weight, bias, g, prologue, use.epilogue, exact)
     if moments is None:
         return z, None
     mean, m2 = moments

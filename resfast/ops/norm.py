@@ -13,6 +13,7 @@ from torch import Tensor
 
 from resfast.backends.interface import Affine, acc_dtype, empty_nhwc
 from resfast.backends.select import find, report, select
+from resfast.ops import collectives
 
 
 class Statistics(NamedTuple):
@@ -46,6 +47,43 @@ def statistics(
     acc = acc_dtype(z.dtype)
     # copies: an op's output may not alias its input
     return Statistics(running_mean.to(acc, copy=True), running_var.to(acc, copy=True))
+
+
+class Ranks(NamedTuple):
+    """The process group a norm is synchronised over, and its values per channel, fp64 ``[1]``."""
+
+    group: str
+    total: Tensor
+
+
+def synchronised(
+    z: Tensor, group: str, local: Statistics | None = None
+) -> tuple[Statistics, Ranks]:
+    """The statistics of all ranks' z; ``local``, exact ones of this rank's, if known already.
+
+    Chan's rule for any number of parts: var = Σ n_r·(var_r + (mean_r − mean)²) / Σ n_r, in fp64. A
+    rank's mean is not rounded before, for that would count where the ranks' means differ.
+    """
+    n = count(z)
+    if local is None:
+        mean, m2 = select("norm_stats", z).norm_stats_exact(z)
+        local = Statistics(mean, m2.div_(max(1, n)))
+    if n == 0:
+        local = Statistics(*(torch.zeros_like(v) for v in local))
+    own = torch.cat([*local, local.mean.new_full((1,), n, dtype=torch.float64)])
+    rows = collectives.gathered(own, group)
+    counts = rows[:, -1]
+    total = counts.sum(0, keepdim=True)
+    if n <= 1 and float(total) == 1:  # no rank has more, so all of them look and raise
+        raise ValueError("Expected more than 1 value per channel when training, on all ranks")
+    shares = counts / total.clamp(min=1)
+    means, variances = rows[:, :-1].chunk(2, 1)
+    # relative to a rank that has values: equal means come out exactly
+    pilot = means.index_select(0, counts.argmax(0, keepdim=True)).squeeze(0)
+    mean = pilot + shares @ (means - pilot)
+    var = shares @ (variances + (means - mean).square())
+    acc = acc_dtype(z.dtype)
+    return Statistics(mean.to(acc), var.to(acc)), Ranks(group, total)
 
 
 def fake_statistics(z: Tensor) -> Statistics:
@@ -129,12 +167,12 @@ class NormGradients(NamedTuple):
 
 
 def coefficients(
-    norm: Norm, sum_du: Tensor, sum_du_xhat: Tensor, n: int, training: bool
+    norm: Norm, sum_du: Tensor, sum_du_xhat: Tensor, n: int | Tensor, training: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """dz = scale·(du − Σdu/n − x̂·Σ(du·x̂)/n) in terms of z − mean and 1; eval: dz = scale·du."""
     if not training:
         return None, None
-    scale = norm.affine.scale / max(1, n)
+    scale = norm.affine.scale / (n.clamp(min=1) if isinstance(n, Tensor) else max(1, n))
     return -(scale * norm.rstd * sum_du_xhat), -(scale * sum_du)
 
 
@@ -149,22 +187,29 @@ def backward(
     dz: Tensor | None = None,
     du: Tensor | None = None,
     activation: Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> NormGradients:
-    """Backward of act(norm(z)[+ r]).
+    """Backward of act(norm(z)[+ r]); with ``ranks``, of a norm synchronised over them.
 
     ``y`` is the saved output, needed where the ReLU's mask cannot be read off norm(z) alone:
     a residual joined before the activation. Written where given: ``dz`` (else, or in one read, a
     new tensor; dy itself will do if the caller owns it), ``du``, the residual's gradient, and
     ``activation``.
     """
-    if training:
+    if training and ranks is None:
         once = backward_once(dy, z, norm, y, relu, activation=activation, du=du)
         if once is not None:
             return once
     sum_du, sum_du_xhat = select("norm_backward_reduce", z).norm_backward_reduce(
         dy, z, norm.affine, norm.rstd, y, relu, activation
     )
-    coef_z, coef_1 = coefficients(norm, sum_du, sum_du_xhat, count(z), training)
+    if ranks is None:
+        coef_z, coef_1 = coefficients(norm, sum_du, sum_du_xhat, count(z), training)
+    else:  # dz depends on all ranks' values; dgamma and dbeta stay this rank's own
+        own = torch.cat([sum_du, sum_du_xhat]).double()
+        all_du, all_du_xhat = collectives.summed(own, ranks.group).to(sum_du.dtype).chunk(2)
+        n = ranks.total.to(sum_du.dtype)
+        coef_z, coef_1 = coefficients(norm, all_du, all_du_xhat, n, training)
     dz = empty_nhwc(z.shape, z) if dz is None else dz
     select("norm_backward_apply", z).norm_backward_apply(
         dy, z, norm.affine, y, relu, coef_z, coef_1, dz, du

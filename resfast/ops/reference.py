@@ -22,9 +22,24 @@ def conv(x: Tensor, conv: ConvParams) -> Tensor:
     )
 
 
-def batch_norm(z: Tensor, norm: NormParams) -> Tensor:
-    """(z − mean)/√(var + eps)·gamma + beta; biased batch variance in training."""
-    if norm.training:
+def _all_ranks(t: Tensor, group: str) -> Tensor:
+    """The sum of all ranks' t, differentiable; its gradient is that of the sum of their losses."""
+    from torch.distributed.nn.functional import all_reduce
+
+    process_group = torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]  # a NewType of str
+    return all_reduce(t, group=process_group)
+
+
+def batch_norm(z: Tensor, norm: NormParams, group: str | None = None) -> Tensor:
+    """(z − mean)/√(var + eps)·gamma + beta; biased batch variance in training.
+
+    With a group the batch is that of all its ranks.
+    """
+    if norm.training and group is not None:
+        n = _all_ranks(z.new_full((), z.numel() // z.shape[1]), group)
+        mean = _all_ranks(z.sum((0, 2, 3)), group) / n
+        var = _all_ranks((z - _channel(mean)).square().sum((0, 2, 3)), group) / n
+    elif norm.training:
         mean, var = z.mean((0, 2, 3)), z.var((0, 2, 3), unbiased=False)
     else:
         assert norm.running_mean is not None
@@ -65,9 +80,10 @@ def bn_act(
     relu: bool = True,
     add_after_act: bool = False,
     mask: Tensor | None = None,
+    group: str | None = None,
 ) -> Tensor:
     """act(bn(z) + r), or act(bn(z)) + r. ``mask`` replaces the ReLU by a given 0/1 factor."""
-    u = batch_norm(z, norm)
+    u = batch_norm(z, norm, group)
     if residual is None:
         return _act(u, relu, mask)
     if add_after_act:
@@ -84,11 +100,11 @@ def conv_bn_act(
     relu: bool = True,
     add_after_act: bool = False,
     mask: Tensor | None = None,
+    group: str | None = None,
 ) -> Tensor:
     """bn_act of a convolution."""
-    return bn_act(
-        conv(x, conv_params), norm, residual, relu=relu, add_after_act=add_after_act, mask=mask
-    )
+    options = {"relu": relu, "add_after_act": add_after_act}
+    return bn_act(conv(x, conv_params), norm, residual, **options, mask=mask, group=group)
 
 
 def bn_act_max_pool(

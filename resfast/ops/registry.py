@@ -194,7 +194,7 @@ def double_backward(
         pairs = [
             (f, g)
             for f, g in zip(first, incoming, strict=True)
-            if f is not None and g is not None and g.numel() and f.requires_grad
+            if f is not None and g is not None and g.shape == f.shape and f.requires_grad
         ]
         if not pairs:
             return None, [None] * len(inputs)

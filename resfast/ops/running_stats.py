@@ -17,9 +17,13 @@ def _kernel(
     var: Tensor,
     count: int,
     momentum: float | None,
+    total: Tensor | None = None,
 ) -> None:
     # Inside a backward pass this is activation checkpointing's second forward of the same batch.
-    if torch._C._current_graph_task_id() != -1 or count == 0:
+    if torch._C._current_graph_task_id() != -1:
+        return
+    # a rank with values need not ask the device for the total
+    if count == 0 and (total is None or not total):
         return
     if not running_mean.shape == running_var.shape == mean.shape == var.shape:
         raise RuntimeError(
@@ -30,7 +34,10 @@ def _kernel(
         raise RuntimeError("momentum=None (cumulative average) needs num_batches_tracked")
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    unbiased = var * (count / max(1, count - 1))
+    if total is None:
+        unbiased = var * (count / max(1, count - 1))
+    else:
+        unbiased = var * (total / (total - 1).clamp(min=1)).to(var.dtype)
     share: Tensor | float
     if momentum is not None:
         share = momentum
@@ -41,21 +48,27 @@ def _kernel(
     running_var.lerp_(unbiased.to(running_var.dtype), share)
 
 
-def _fake(running_mean, running_var, num_batches_tracked, mean, var, count, momentum) -> None:
+def _fake(
+    running_mean, running_var, num_batches_tracked, mean, var, count, momentum, total=None
+) -> None:
     return None
 
 
 _update = FusedOp(
     "update_running_stats",
     "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
-    "Tensor mean, Tensor var, SymInt count, float? momentum) -> ()",
+    "Tensor mean, Tensor var, SymInt count, float? momentum, Tensor? total=None) -> ()",
     _kernel,
     _fake,
 )
 
 
-def update_running_stats(norm: NormParams, mean: Tensor, var: Tensor, count: int) -> None:
+def update_running_stats(
+    norm: NormParams, mean: Tensor, var: Tensor, count: int, total: Tensor | None = None
+) -> None:
     """Fold one batch's mean and biased variance into the norm's buffers, where it has them.
+
+    count: values per channel, of a synchronised norm this rank's beside the total ``[1]``.
 
     running ← (1 − momentum)·running + momentum·batch, the variance unbiased; once per batch, also
     under activation checkpointing. An empty batch changes nothing.
@@ -71,4 +84,5 @@ def update_running_stats(norm: NormParams, mean: Tensor, var: Tensor, count: int
             var,
             count,
             norm.momentum,
+            total,
         )
