@@ -613,13 +613,17 @@ def test_an_encoder_whose_parts_another_module_calls_is_not_shared():
     assert "Encoder encoder.conv encoder.norm" in ops(report)
 
 
+class OwnNorm(nn.BatchNorm2d):
+    """Whose forward might do anything."""
+
+
 def test_left_without_an_error():
     """What was never going to be fused is no obstacle."""
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
         nn.BatchNorm2d(4),
         nn.Conv2d(4, 4, 1),
-        nn.SyncBatchNorm(4),
+        OwnNorm(4),
         nn.ReLU(),
         nn.Conv2d(4, 4, 1),
         nn.GroupNorm(2, 4),
@@ -633,7 +637,7 @@ def test_left_without_an_error():
     assert not report.fused
     reasons = {r.module: r.reason for r in report.left}
     assert "reflect" in reasons["0"]
-    assert "SyncBatchNorm" in reasons["3"]
+    assert "OwnNorm is not a plain" in reasons["3"]
     assert "neither a convolution" in reasons["7"]
 
 
@@ -845,11 +849,17 @@ def test_a_layer_that_changes_later_runs_itself(change):
     )
 
 
-def test_sync_batch_norm_is_called():
-    model = handwritten()
+def test_sync_batch_norm_without_peers_fuses():
+    """Put in later, or there from the start; alone, without a rank of its input, it is called."""
+    model, fresh = handwritten(), handwritten()
     accelerate(model)
-    _sync(model)
-    assert {row.children: row.op for row in model.plan()}["conv2", "bn2"] == "unfused"
+    for m in (model, fresh):
+        _sync(m)
+    accelerate(fresh)
+    for m in (model, fresh):
+        assert m.plan()[0] == (("conv1", "bn1", "conv2", "bn2"), "residual_block", None)
+    alone = nn.Sequential(nn.Linear(4, 4), nn.SyncBatchNorm(4), nn.ReLU())
+    assert not accelerate(alone).fused
 
 
 def test_hook_on_the_relu_of_a_block():

@@ -105,7 +105,8 @@ class Matcher:
 
     def _is_norm(self, node: fx.Node) -> bool:
         m = self.module(node)
-        if m is None or not (isinstance(m, nn.BatchNorm2d) or is_frozen_norm(m)):
+        kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
+        if m is None or not (isinstance(m, kinds) or is_frozen_norm(m)):
             return False
         return self.usable(m)
 
@@ -153,6 +154,10 @@ class Matcher:
 
     def match(self) -> list[Layer | Block]:
         layers = [self._layer(node) for node in self.nodes if self._is_norm(node)]
+        # without a convolution before it a SyncBatchNorm's input may have any rank
+        layers = [
+            n for n in layers if n.conv or not isinstance(self.module(n.norm), nn.SyncBatchNorm)
+        ]
         for layer in layers:
             over: list[fx.Node] = []
             _, user = self._sole_user(layer.norm, over)
@@ -316,4 +321,4 @@ class Matcher:
 
 def usable_reason(m: nn.Module) -> str | None:
     """Why a convolution or norm is never fused, or None."""
-    return conv_reason(m) if isinstance(m, nn.Conv2d) else norm_reason(m)
+    return conv_reason(m) if isinstance(m, nn.Conv2d) else norm_reason(m, synchronises=True)

@@ -18,10 +18,10 @@ from resfast.nn.blocks import _off
 from resfast.nn.fuse import (
     Fusible,
     PlanRow,
-    _global_hook_reason,
-    norm_reason,
+    layer_op,
     plain_reason,
     traced,
+    unfused_norm_reason,
     unfused_reason,
 )
 from resfast.nn.stem import pool_rows, run_conv_bn_pool
@@ -146,11 +146,12 @@ class Converted(Fusible):
         for conv, norm in group.pairs:
             bn = self.get_submodule(norm)
             if conv is None:
-                reason = norm_reason(bn) or _global_hook_reason()
-                rows.append(PlanRow((norm,), "unfused" if reason else "bn_act", reason))
+                reason = unfused_norm_reason(bn)
+                op = "unfused" if reason else layer_op(bn, convolved=False)
+                rows.append(PlanRow((norm,), op, reason))
             else:
                 reason = unfused_reason(self.get_submodule(conv), bn)
-                op = "unfused" if reason else "conv_bn_act"
+                op = "unfused" if reason else layer_op(bn)
                 rows.append(PlanRow((conv, norm), op, reason or why))
         return rows
 

@@ -263,7 +263,7 @@ def _may_inline(m: nn.Module | None) -> bool:
     if type(m) is not nn.Sequential or not m._modules or _hook_reason(m) is not None:
         return False
     layers = list(m._modules.values())
-    ends = (nn.Conv2d, nn.BatchNorm2d)
+    ends = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm)
     starts = (nn.BatchNorm2d, nn.ReLU)
     return (
         isinstance(layers[-1], ends)

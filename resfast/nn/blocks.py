@@ -24,13 +24,13 @@ from resfast.nn.fuse import (
     _hook_reason,
     conv_params,
     conv_reason,
+    layer_op,
     norm_params,
     norm_reason,
     plain_reason,
     read,
     run_bn_act,
     run_conv_bn_act,
-    synchronised_group,
     traced,
     unfused_norm_reason,
     unfused_reason,
@@ -109,16 +109,14 @@ def layer_row(module: Fusible, conv: str, bn: str, why_layer: str | None = None)
     """The plan's row of one conv+bn pair, named by paths below module."""
     norm = module.get_submodule(bn)
     reason = _off(module) or unfused_reason(module.get_submodule(conv), norm)
-    op = "conv_bn_act" if synchronised_group(norm) is None else "conv_bn_act_synchronised"
-    return PlanRow((conv, bn), "unfused" if reason else op, reason or why_layer)
+    return PlanRow((conv, bn), "unfused" if reason else layer_op(norm), reason or why_layer)
 
 
 def norm_row(module: Fusible, bn: str) -> PlanRow:
     """The plan's row of a norm without a convolution before it."""
     norm = module.get_submodule(bn)
     reason = _off(module) or unfused_norm_reason(norm)
-    op = "bn_act" if synchronised_group(norm) is None else "bn_act_synchronised"
-    return PlanRow((bn,), "unfused" if reason else op, reason)
+    return PlanRow((bn,), "unfused" if reason else layer_op(norm, convolved=False), reason)
 
 
 def _off(module: Fusible) -> str | None:

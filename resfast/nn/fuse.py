@@ -208,6 +208,12 @@ def unfused_norm_reason(bn: nn.Module) -> str | None:
     return norm_reason(bn, synchronises=True) or _global_hook_reason()
 
 
+def layer_op(norm: nn.Module, convolved: bool = True) -> str:
+    """The op that ``run_conv_bn_act``, or ``run_bn_act``, calls where no reason is against it."""
+    op = "conv_bn_act" if convolved else "bn_act"
+    return op if synchronised_group(norm) is None else f"{op}_synchronised"
+
+
 def _split_activation(relu: bool | nn.Module) -> tuple[bool, nn.Module | None]:
     """(a plain ReLU follows, the module to call instead)."""
     if isinstance(relu, nn.Module):

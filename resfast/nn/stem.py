@@ -11,6 +11,7 @@ from resfast.nn.fuse import (
     PlanRow,
     conv_params,
     conv_reason,
+    layer_op,
     norm_params,
     norm_reason,
     plain_reason,
@@ -77,7 +78,7 @@ def pool_rows(
         op = "bn_act_max_pool" if why else "conv_bn_act_max_pool"
         return [PlanRow((conv, bn, *([] if relu is None else [relu]), pool), op, why)]
     why = off or unfused_reason(modules[conv], modules[bn])
-    rows = [PlanRow((conv, bn), "unfused" if why else "conv_bn_act", why or reason)]
+    rows = [PlanRow((conv, bn), "unfused" if why else layer_op(modules[bn]), why or reason)]
     if type(modules[pool]) is not nn.Identity:
         rows.append(PlanRow((pool,), "unfused", reason))
     return rows
