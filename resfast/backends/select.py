@@ -116,7 +116,7 @@ def chains(z: Tensor) -> bool:
 
     Told from the device alone, so that a compiler can trace it: a choice of layout, not of results.
     """
-    return _forced == "triton" if _forced else z.device.type == "cuda"
+    return _forced in ("triton", "cuda") if _forced else z.device.type == "cuda"
 
 
 @contextlib.contextmanager
