@@ -18,7 +18,7 @@ from resfast.backends.interface import (
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # pixels that one block holds on chip, kHeldPixels in csrc/cuda/tiling.h
-_HELD_PIXELS = 1024
+HELD_PIXELS = 1024
 _native = torch.ops.resfast
 _eager = EagerBackend()
 
@@ -179,7 +179,7 @@ class CudaBackend(Backend):
     # ---- both passes at once
 
     def reads_once(self, z: Tensor) -> bool:
-        return 0 < z.shape[0] * z.shape[2] * z.shape[3] <= _HELD_PIXELS
+        return 0 < z.shape[0] * z.shape[2] * z.shape[3] <= HELD_PIXELS
 
     def norm_forward(
         self,

@@ -4,7 +4,9 @@
 #pragma once
 
 #include <sanitizer/asan_interface.h>
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <cmath>
 #include <cstddef>
@@ -53,20 +55,76 @@ struct SharedArray {
 };
 inline std::vector<SharedArray> shared_arrays;
 inline bool descending = false;  // the order in which threads run between two barriers
-inline long barriers = 0;        // that whole blocks have passed
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "cuda_on_cpu: %s\n", what);
   std::abort();
 }
 
+// A place to go on from: a stack with what its code needs to return from `switch_to`.
+#if defined(__x86_64__)
+struct Context {
+  void* stack_pointer;
+};
+
+// Saves where it was called from and goes on where `to` was. swapcontext does that with two system
+// calls, which take most of the tests' time.
+extern "C" void cuda_on_cpu_switch(void** from, void* to);
+asm(R"(
+.pushsection .text
+cuda_on_cpu_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.popsection
+)");
+
+inline void switch_to(Context& from, const Context& to) {
+  cuda_on_cpu_switch(&from.stack_pointer, to.stack_pointer);
+}
+
+inline void start_at(Context& context, char* stack, void (*function)()) {
+  void** top = reinterpret_cast<void**>(stack + kStackBytes);
+  *--top = nullptr;  // where the function would return to
+  *--top = reinterpret_cast<void*>(function);
+  for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
+  context.stack_pointer = top;
+}
+#else
+using Context = ucontext_t;
+
+inline void switch_to(Context& from, const Context& to) {
+  swapcontext(&from, &to);
+}
+
+inline void start_at(Context& context, char* stack, void (*function)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, function, 0);
+}
+#endif
+
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  Context context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};  // aligned to 16 bytes
   bool finished = false;
 };
 
-inline ucontext_t scheduler;
+inline Context scheduler;
 inline std::vector<std::unique_ptr<Fiber>> fibers;
 inline Fiber* running = nullptr;
 inline const std::function<void()>* body = nullptr;
@@ -74,7 +132,7 @@ inline const std::function<void()>* body = nullptr;
 inline void enter() {
   (*body)();
   running->finished = true;
-  swapcontext(&running->context, &scheduler);
+  switch_to(running->context, scheduler);
 }
 
 inline void run_block(const std::function<void()>& kernel) {
@@ -82,20 +140,15 @@ inline void run_block(const std::function<void()>& kernel) {
   body = &kernel;
   while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
   for (unsigned i = 0; i < threads; ++i) {
-    Fiber& fiber = *fibers[i];
-    fiber.finished = false;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
+    fibers[i]->finished = false;
+    start_at(fibers[i]->context, fibers[i]->stack.get(), enter);
   }
-  for (unsigned finished = 0; finished == 0; ++barriers) {
+  for (unsigned finished = 0; finished == 0;) {
     for (unsigned n = 0; n < threads; ++n) {
       const unsigned i = descending ? threads - 1 - n : n;
       running = fibers[i].get();
       threadIdx = dim3(i % blockDim.x, i / blockDim.x, 0);
-      swapcontext(&scheduler, &running->context);
+      switch_to(scheduler, running->context);
       finished += running->finished;
     }
     if (finished != 0 && finished != threads) fail("some threads ended, others wait at a barrier");
@@ -115,8 +168,7 @@ inline void set_shared(size_t bytes) {
 }  // namespace cuda_on_cpu
 
 inline void __syncthreads() {
-  cuda_on_cpu::Fiber* const fiber = cuda_on_cpu::running;
-  swapcontext(&fiber->context, &cuda_on_cpu::scheduler);
+  cuda_on_cpu::switch_to(cuda_on_cpu::running->context, cuda_on_cpu::scheduler);
 }
 
 template <class Arguments>

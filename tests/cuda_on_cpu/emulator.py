@@ -6,7 +6,6 @@ import os
 import shutil
 import struct
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
@@ -44,20 +43,20 @@ class Emulator:
 
     def __init__(self, program: Path, processors: int = 2) -> None:
         self.processors = processors
-        self._said = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            [str(program)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._said,
-            env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"},
-        )
+        self._log = program.with_suffix(".log")
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [str(program)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"},
+            )
 
     def close(self) -> None:
         self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait()
-        self._said.close()
 
     def __getattr__(self, name: str):
         if name not in OPS:
@@ -83,7 +82,7 @@ class Emulator:
     def run(self, name: str, arguments: dict) -> None:
         buffers = [v for v in arguments.values() if v is None or isinstance(v, Tensor)]
         z = arguments.get("z")
-        m, c, dtype = 0, next(len(b) for b in buffers if b is not None), torch.float32
+        m, c, dtype = 1, next(len(b) for b in buffers if b is not None), torch.float32
         aligned = True
         if z is not None:
             m, c, dtype = z.shape[0] * z.shape[2] * z.shape[3], z.shape[1], z.dtype
@@ -120,8 +119,7 @@ class Emulator:
             answer = self._process.stdout.read(size)
             if len(answer) < size:
                 self._process.wait()
-                self._said.seek(0)
-                raise AssertionError(self._said.read().decode(errors="replace")[:4000])
+                raise AssertionError(self._log.read_text(errors="replace")[:4000])
             _fill(buffers[i], answer)
 
 

@@ -138,7 +138,8 @@ bool serve() {
   std::vector<std::vector<char>> contents(static_cast<size_t>(h.buffers));
   std::vector<int64_t> kinds(contents.size()), shifts(contents.size());
   for (size_t i = 0; i < contents.size(); ++i) {
-    if (!read(&kinds[i], 8) || !read(&shifts[i], 8)) cuda_on_cpu::fail("the input ends within a call");
+    if (!read(&kinds[i], 8) || !read(&shifts[i], 8))
+      cuda_on_cpu::fail("the input ends within a call");
     if (kinds[i] < 0) continue;
     contents[i].resize(static_cast<size_t>(kinds[i]));
     if (!read(contents[i].data(), kinds[i])) cuda_on_cpu::fail("the input ends within a buffer");
