@@ -12,9 +12,12 @@ constexpr int kMergeChannels = 8;
 constexpr int kMergeThreads = 64;  // that share the tiles of a channel
 
 // ---- kernels
+//
+// One block at least to a multiprocessor: without saying so, ptxas keeps to the registers of two
+// and spills some.
 
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kThreads) norm_stats_kernel(const NormStats a) {
+__global__ void __launch_bounds__(kThreads, 1) norm_stats_kernel(const NormStats a) {
   extern __shared__ float scratch[];
   constexpr int kUnroll = 8 / sizeof(T);
   const Place<kLanes> at(a.m, a.c, a.tiling.rows);
@@ -35,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) norm_stats_kernel(const NormStats a)
     for (int k = 0; k < kUnroll; ++k) {
       if (row + k * stride >= at.rows) break;
       n += 1;
-      const float share = 1 / n;
+      const float share = __fdividef(1, n);  // within two units in the last place
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) {
         const float value = widen(z[k].lane[i]) - widen(pilot.lane[i]);
@@ -47,21 +50,21 @@ __global__ void __launch_bounds__(kThreads) norm_stats_kernel(const NormStats a)
   }
 
   // The threads joined; what is left of their means corrects the first mean's rounding.
-  const float rows = static_cast<float>(at.rows);
+  const float share = 1 / static_cast<float>(at.rows);
   float whole[kLanes], shift[kLanes];
 #pragma unroll
   for (int i = 0; i < kLanes; ++i) whole[i] = mean[i] * n;
   sum_over_rows(whole, scratch);
 #pragma unroll
   for (int i = 0; i < kLanes; ++i) {
-    whole[i] /= rows;
+    whole[i] *= share;
     mean[i] -= whole[i];
     shift[i] = mean[i] * n;
   }
   sum_over_rows(shift, scratch);
 #pragma unroll
   for (int i = 0; i < kLanes; ++i) {
-    shift[i] /= rows;
+    shift[i] *= share;
     mean[i] -= shift[i];
     m2[i] += mean[i] * mean[i] * n;
   }
@@ -129,7 +132,7 @@ __global__ void __launch_bounds__(kMergeChannels* kMergeThreads)
   }
 }
 
-__global__ void __launch_bounds__(kThreads) norm_prepare_kernel(const NormPrepare a) {
+__global__ void __launch_bounds__(kThreads, 1) norm_prepare_kernel(const NormPrepare a) {
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (channel >= a.c) return;
   const float rstd = reciprocal_std(a.var[channel], a.eps);
@@ -141,7 +144,7 @@ __global__ void __launch_bounds__(kThreads) norm_prepare_kernel(const NormPrepar
 enum class Residual { none, raw, affine };
 
 template <class T, int kLanes, Residual kResidual>
-__global__ void __launch_bounds__(kThreads) norm_apply_kernel(const NormApply a) {
+__global__ void __launch_bounds__(kThreads, 1) norm_apply_kernel(const NormApply a) {
   constexpr int kUnroll = 8 / sizeof(T);
   constexpr bool kAffine = kResidual == Residual::affine;
   const Place<kLanes> at(a.m, a.c, a.tiling.rows);
@@ -193,7 +196,7 @@ __global__ void __launch_bounds__(kThreads) norm_apply_kernel(const NormApply a)
 
 // Statistics and application of a few channels whose pixels one block holds: z is read once.
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kHeldThreads) norm_forward_kernel(const NormForward a) {
+__global__ void __launch_bounds__(kHeldThreads, 1) norm_forward_kernel(const NormForward a) {
   extern __shared__ float scratch[];
   constexpr int kHeld = kHeldPackets<T, kLanes>;
   const Place<kLanes> at(a.m, a.c, a.m);
@@ -212,9 +215,9 @@ __global__ void __launch_bounds__(kHeldThreads) norm_forward_kernel(const NormFo
     for (int i = 0; i < kLanes; ++i) whole[i] += centred(z[k], i);
   }
   sum_over_rows(whole, scratch);
-  const float n = static_cast<float>(a.m);
+  const float share = 1 / static_cast<float>(a.m);
 #pragma unroll
-  for (int i = 0; i < kLanes; ++i) whole[i] /= n;
+  for (int i = 0; i < kLanes; ++i) whole[i] *= share;
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
     if (!at.exists || row_of(k) >= a.m) continue;
@@ -223,7 +226,7 @@ __global__ void __launch_bounds__(kHeldThreads) norm_forward_kernel(const NormFo
   }
   sum_over_rows(shift, scratch);
 #pragma unroll
-  for (int i = 0; i < kLanes; ++i) shift[i] /= n;
+  for (int i = 0; i < kLanes; ++i) shift[i] *= share;
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
     if (!at.exists || row_of(k) >= a.m) continue;
@@ -243,7 +246,7 @@ __global__ void __launch_bounds__(kHeldThreads) norm_forward_kernel(const NormFo
 #pragma unroll
   for (int i = 0; i < kLanes; ++i) {
     mean[i] = widen(pilot.lane[i]) + (whole[i] + shift[i]);
-    const float var = m2[i] / n;
+    const float var = m2[i] * share;
     scale[i] = weight[i] * reciprocal_std(var, a.eps);
     out_mean.lane[i] = mean[i];
     out_var.lane[i] = var;

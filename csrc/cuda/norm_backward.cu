@@ -8,7 +8,7 @@ namespace {
 
 // Sums per tile of pixels; kSecond: also that of a second norm with the same du.
 template <class T, int kLanes, bool kSecond>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     norm_backward_reduce_kernel(const NormBackwardReduce a) {
   extern __shared__ float scratch[];
   const Place<kLanes> at(a.m, a.c, a.tiling.rows);
@@ -74,7 +74,7 @@ __device__ __forceinline__ Coefficients coefficients(float scale, float rstd, fl
   return {sum_du_xhat, -(share * rstd * sum_du_xhat), -(share * sum_du)};
 }
 
-__global__ void __launch_bounds__(kThreads) norm_coefficients_kernel(const NormCoefficients a) {
+__global__ void __launch_bounds__(kThreads, 1) norm_coefficients_kernel(const NormCoefficients a) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (c >= a.c) return;
   const Coefficients of =
@@ -86,7 +86,8 @@ __global__ void __launch_bounds__(kThreads) norm_coefficients_kernel(const NormC
 
 // kSecond: also dz2 of a second norm with the same du.
 template <class T, int kLanes, bool kSecond>
-__global__ void __launch_bounds__(kThreads) norm_backward_apply_kernel(const NormBackwardApply a) {
+__global__ void __launch_bounds__(kThreads, 1)
+    norm_backward_apply_kernel(const NormBackwardApply a) {
   const Place<kLanes> at(a.m, a.c, a.tiling.rows);
   if (!at.exists) return;
   const Channels<kLanes> mean(a.affine.mean, at.channel, true);
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kThreads) norm_backward_apply_kernel(const Nor
 
 // Both passes for a few channels whose pixels one block holds: dy and z are read once.
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kHeldThreads) norm_backward_kernel(const NormBackward a) {
+__global__ void __launch_bounds__(kHeldThreads, 1) norm_backward_kernel(const NormBackward a) {
   extern __shared__ float scratch[];
   constexpr int kHeld = kHeldPackets<T, kLanes>;
   const Place<kLanes> at(a.m, a.c, a.m);

@@ -2,9 +2,9 @@
 
     python -m resfast.diagnostics.ptxas [--arch 80,90a,100] [--only SUBSTRING]
 
-Registers, bytes spilled, and barriers of every kernel in a checkout's csrc/cuda. Shared memory is
-asked for at launch, up to 16 KiB. Exit status 1 if a kernel spills registers to memory, or does not
-compile; 0, with the reason, where there is no nvcc or no checkout.
+Registers, bytes spilled and static shared memory of every kernel in a checkout's csrc/cuda; more
+shared memory is asked for at launch, 16 KiB at most. Exit status 1 if a kernel spills registers to
+memory, or does not compile; 0, with the reason, where there is no nvcc or no checkout.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def readable(names: Sequence[str]) -> list[str]:
         return list(names)
     done = subprocess.run(
         ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
-    )
-    dropped = r"resfast::cuda::|\(anonymous namespace\)::|^void |\(resfast.*|\(Norm.*|\(Merge.*|\(\)$"
-    return [re.sub(dropped, "", line) for line in done.stdout.splitlines()]
+    ).stdout.splitlines()
+    names = [re.sub(r"resfast::cuda::|\(anonymous namespace\)::|^void ", "", n) for n in done]
+    return [re.sub(r"\([^()]*\)$", "", name) for name in names]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@
 #define __host__
 #define __shared__  // a declaration of the array that the program defines and lists below
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct dim3 {
   unsigned x, y, z;
@@ -39,6 +39,11 @@ inline float __uint_as_float(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+// A GPU's is within two units in the last place.
+inline float __fdividef(float a, float b) {
+  return a / b * (1 + 0x1p-23f);
 }
 
 namespace cuda_on_cpu {
