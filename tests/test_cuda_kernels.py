@@ -19,7 +19,6 @@ from resfast.backends.eager import EagerBackend
 from resfast.backends.interface import Affine, mask_shape, nhwc, pack_mask
 from resfast.testing import (
     HALF_DTYPES,
-    basic_weights,
     block_case,
     bn_case,
     bottleneck_weights,
@@ -210,8 +209,13 @@ def new_mask(z):
     return torch.full(mask_shape(z.shape), 0xAA, dtype=torch.uint8, device=DEVICE)
 
 
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("joined", ["none", "raw", "raw after", "affine", "affine after"])
+@pytest.mark.parametrize(
+    ("joined", "relu"),
+    [
+        *(("none", True), ("none", False), ("raw", True), ("raw after", True)),
+        *(("affine", True), ("affine after", True), ("affine", False)),
+    ],
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_apply(kernels, shape, joined, relu):
     for dtype in DTYPES:
@@ -474,13 +478,11 @@ NORMS = [
     bn_case("bn_add_relu", SMALL, False, residual=True),
     max_pool_case("bn_relu_max_pool", SMALL, True),
 ]
-PROJECTION = {"stride": 2, "projection": True}
 NARROW, WIDE = bottleneck_weights(16, 8, 16), bottleneck_weights(16, 8, 24)
-BLOCKS = [
-    block_case("projection", SMALL, basic_weights(16, 16), True, **PROJECTION),
-    block_case("memory_efficient", SMALL, WIDE, True, **PROJECTION, memory_efficient=True),
-    chain_case("chain", SMALL, [NARROW, WIDE, bottleneck_weights(24, 8, 24)], True),
-]
+RECOMPUTING = block_case(
+    *("memory_efficient", SMALL, WIDE, True), stride=2, projection=True, memory_efficient=True
+)
+CHAIN = chain_case("chain", SMALL, [NARROW, WIDE], True)
 
 
 def assert_ok(verdicts):
@@ -488,10 +490,14 @@ def assert_ok(verdicts):
     assert not bad, "\n".join(map(str, bad))
 
 
-@pytest.mark.parametrize("held", [cuda_backend.HELD_PIXELS, 0], ids=["one read", "passes"])
-@pytest.mark.parametrize("case", NORMS + BLOCKS, ids=str)
-def test_backend(forced, monkeypatch, case, held):
-    monkeypatch.setattr(cuda_backend, "HELD_PIXELS", held)
+@pytest.mark.parametrize(
+    ("case", "reads_once"),
+    [*((c, once) for c in (*NORMS, CHAIN) for once in (True, False)), (RECOMPUTING, False)],
+    ids=str,
+)
+def test_backend(forced, monkeypatch, case, reads_once):
+    if not reads_once:
+        monkeypatch.setattr(cuda_backend, "HELD_PIXELS", 0)
     assert_ok(judge_seeds(case, torch.float32, 8, DEVICE, ("nhwc",)))
 
 

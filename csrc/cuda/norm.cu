@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, 1) norm_stats_kernel(const NormStats
     for (int k = 0; k < kUnroll; ++k) {
       if (row + k * stride >= at.rows) break;
       n += 1;
-      const float share = __fdividef(1, n);  // within two units in the last place
+      const float share = 1 / n;
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) {
         const float value = widen(z[k].lane[i]) - widen(pilot.lane[i]);

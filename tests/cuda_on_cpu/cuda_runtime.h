@@ -41,11 +41,6 @@ inline float __uint_as_float(unsigned bits) {
   return value;
 }
 
-// A GPU's is within two units in the last place.
-inline float __fdividef(float a, float b) {
-  return a / b * (1 + 0x1p-23f);
-}
-
 namespace cuda_on_cpu {
 
 constexpr size_t kStackBytes = 256 * 1024;
