@@ -269,6 +269,14 @@ def test_memory_that_starts_anywhere(kernels, dtype):
     again = empty(z)
     kernels.cuda_norm_backward_apply(*(dy, z, *affine, None, True, *[None] * 7, again, None, None))
     assert torch.equal(dz, again)
+    seen = randn(z.shape)
+    expected = du_reference(dy, None, z, affine, "bits", seen, dtype)
+    sums = torch.full((2, 16), float("nan"), device=DEVICE)
+    kernels.cuda_norm_backward_reduce(
+        *(misaligned(dy), None, z, *affine, None, pack_mask(seen), True),
+        *(None, None, sums, None, None),
+    )
+    assert_sum_close(sums[0], expected)
 
 
 HELD_SHAPES = [s for s in SHAPES if s[1] < 100] + [(1, 24, 32, 32), (1, 9, 31, 33)]
