@@ -27,6 +27,9 @@ def compile_program(folder: Path) -> Path:
     if shutil.which(compiler) is None:
         raise RuntimeError(f"no C++ compiler {compiler!r}")
     program = folder / "norm_program"
+    probe = [compiler, "-x", "c++", "-", *SANITIZERS, "-o", str(program)]
+    if subprocess.run(probe, input=b"int main() {}", capture_output=True, check=False).returncode:
+        raise RuntimeError(f"{compiler} has no address sanitizer here")
     command = [compiler, "-std=c++17", "-O1", "-g1", "-fno-strict-aliasing", *SANITIZERS]
     command += [f"-I{HERE}", f"-I{HERE.parent.parent / 'csrc'}", str(HERE / "norm_program.cpp")]
     done = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
