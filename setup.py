@@ -289,7 +289,8 @@ class NinjaBuildExt(build_ext):
         try:
             if is_set("RESFAST_SKIP_CUDA_BUILD"):
                 raise NoCuda("RESFAST_SKIP_CUDA_BUILD is set")
-            cuda_library, cuda = self.add_cuda(ninja, folder, cxx)
+            host = [*flags, "-Icsrc", *torch_include]
+            cuda_library, cuda = self.add_cuda(ninja, folder, cxx, host, torch)
         except NoCuda as reason:
             cuda["reason"] = str(reason)
 
@@ -343,7 +344,9 @@ class NinjaBuildExt(build_ext):
             built["resfast._C_cuda"] = cuda_library
         return built
 
-    def add_cuda(self, ninja: Ninja, folder: Path, cxx: list[str]) -> tuple[Path, dict]:
+    def add_cuda(
+        self, ninja: Ninja, folder: Path, cxx: list[str], host_flags: list[str], torch: Torch
+    ) -> tuple[Path, dict]:
         nvcc, version = find_nvcc()
         archs = cuda_archs(version)
         flags = [
@@ -352,17 +355,15 @@ class NinjaBuildExt(build_ext):
             f"-DRESFAST_CUDA_ARCHS={json.dumps(' '.join(archs))}",
             f"-DRESFAST_NVCC_VERSION={json.dumps(version)}",
         ]
-        objects = [
-            ninja.add(
-                "compile",
-                folder / source.relative_to(ROOT).with_suffix(".o"),
-                [source],
-                [nvcc],
-                flags,
-            )
-            for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-        ]
+        objects = []
+        # norm.cpp and norm.cu lie side by side: the object keeps the whole name
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.c[pu]*")):
+            out = folder / source.relative_to(ROOT).with_name(source.name + ".o")
+            compiler, own = ([nvcc], flags) if source.suffix == ".cu" else (cxx, host_flags)
+            objects.append(ninja.add("compile", out, [source], compiler, own))
+        # nothing of torch's CUDA libraries: the library also loads with a CPU build of torch
         link = ["-cudart", "static", *gencode(archs), "-ccbin", cxx[0]]
+        link += ["-lstdc++", f"-L{torch.lib}", "-ltorch_cpu", "-ldl"]
         library = ninja.add("link", folder / "_C_cuda.so", objects, [nvcc], link)
         return library, {"built": True, "nvcc": version, "architectures": archs}
 
@@ -383,7 +384,11 @@ if __name__ == "__main__":
                 sources=sources("", ".cpp") + sources("cpu", ".cpp"),
                 depends=headers(),
             ),
-            Extension("resfast._C_cuda", sources=sources("cuda", ".cu"), depends=headers()),
+            Extension(
+                "resfast._C_cuda",
+                sources=sources("cuda", ".cpp") + sources("cuda", ".cu"),
+                depends=headers(),
+            ),
         ],
         cmdclass={"build_ext": NinjaBuildExt},
     )

@@ -38,7 +38,10 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0  # from asking a process to end to ending it
 
 DTYPES = ("bfloat16", "float16", "float32")
-QUICK_TESTS = ("tests/test_backends.py", "tests/test_native_norm.py", "tests/test_build.py")
+QUICK_TESTS = (
+    *("tests/test_backends.py", "tests/test_native_norm.py", "tests/test_cuda_ops.py"),
+    "tests/test_build.py",
+)
 # Tuning takes minutes and a record is written when all its peers are done: a race of its own.
 PEERS = (
     *("eager-nhwc", "eager-nchw", "compile", "compile-freezing", "cuda-graph", "cudnn-fused"),
@@ -87,6 +90,8 @@ for dtype, step in ((torch.float32, "c+"), (torch.bfloat16, "c"), (torch.bfloat1
             y = case.run(resfast.ops, tensors, None, "nhwc")["y"]
             case.run(resfast.ops, tensors, torch.ones_like(y), "nhwc")
 """
+# every op once more: by the CUDA C++ kernels, which come after Triton's where nothing is forced
+CUDA_CPP = {"RESFAST_BACKEND": "cuda"}
 # small tensors: measuring tiles for them would take the stage's time
 UNTUNED = {"RESFAST_TUNE": "never"}
 
@@ -268,13 +273,13 @@ def test(options: Options) -> list[Job]:
         return Job(name, argv, report, UNTUNED, fine=(0, 5))  # 5: there are no such tests
 
     files = QUICK_TESTS[:1] if options.dry_run else QUICK_TESTS
-    # without a GPU the tests of Triton kernels take minutes in its interpreter
-    few = ("-k", "not triton") if options.dry_run else ()
+    # without a GPU the tests of kernels take minutes in Triton's interpreter and compiled for a CPU
+    few = ("-k", "not triton and not cuda_kernels") if options.dry_run else ()
     return [run("cuda", "-m", "cuda", *few, "tests"), run("quick", "-m", "not cuda", *files)]
 
 
 def check(options: Options) -> list[Job]:
-    """A report for each dtype, so that a stage may end between them."""
+    """A report for each dtype, so that a stage may end between them; every backend is in it."""
     quick = ["--quick"] if options.dry_run else []
     jobs = []
     for dtype in ("float32",) if options.dry_run else (*DTYPES, "float64"):
@@ -295,8 +300,9 @@ def sanitize(options: Options) -> list[Job]:
     program = [sys.executable, "-c", EVERY_OP, options.device]
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **UNTUNED}
     return [
-        Job(tool, [sanitizer, "--tool", tool, "--error-exitcode", "9", *program], env=env)
+        Job(name, [sanitizer, "--tool", tool, "--error-exitcode", "9", *program], env=env | forced)
         for tool in ("memcheck", "racecheck")
+        for name, forced in ((tool, {}), (f"{tool}-cuda", CUDA_CPP))
     ]
 
 

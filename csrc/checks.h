@@ -58,9 +58,8 @@ inline void check_nhwc(const Tensor& t, const char* name) {
                   shape_of(t), " with strides ", strides_of(t));
 }
 
-// An activation that sets shape and dtype for the others.
-inline void check_activation(const Tensor& t, const char* name) {
-  check_cpu(t, name);
+// An activation that sets shape, dtype and device for the others.
+inline void check_activation_form(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 4, name, " must be 4-D [N, C, H, W], got shape ", shape_of(t));
   const ScalarType dtype = t.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
@@ -70,9 +69,20 @@ inline void check_activation(const Tensor& t, const char* name) {
   check_nhwc(t, name);
 }
 
+inline void check_activation(const Tensor& t, const char* name) {
+  check_cpu(t, name);
+  check_activation_form(t, name);
+}
+
+inline void check_same_device(const Tensor& t, const char* name, const Tensor& other) {
+  STD_TORCH_CHECK(t.is_cuda() == other.is_cuda() && t.is_cpu() == other.is_cpu() &&
+                      t.get_device_index() == other.get_device_index(),
+                  name, " must be on the device of the other tensors");
+}
+
 inline void check_activation_like(const Tensor& t, const char* name, const Tensor& other,
                                   const char* other_name) {
-  check_cpu(t, name);
+  check_same_device(t, name, other);
   STD_TORCH_CHECK(same_shape(t, other), name, " must have the shape of ", other_name, " ",
                   shape_of(other), ", got ", shape_of(t));
   STD_TORCH_CHECK(t.scalar_type() == other.scalar_type(), name, " must have the dtype of ",
@@ -88,7 +98,7 @@ inline void check_activation_like(const OptionalTensor& t, const char* name, con
 
 // A per-channel vector in the accumulation type of `activation`.
 inline void check_channel_layout(const Tensor& t, const char* name, const Tensor& activation) {
-  check_cpu(t, name);
+  check_same_device(t, name, activation);
   const int64_t channels = activation.size(1);
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels, name, " must have shape [", channels,
                   "], one value per channel, got ", shape_of(t));
@@ -117,6 +127,15 @@ inline void check_statistic(const Tensor& t, const char* name, const Tensor& act
 inline void check_channel_vector(const OptionalTensor& t, const char* name,
                                  const Tensor& activation) {
   if (t) check_channel_vector(*t, name, activation);
+}
+
+// A residual's own affine is given whole, and with a residual.
+inline void check_affine_of_residual(const OptionalTensor& residual, const OptionalTensor& mean,
+                                     const OptionalTensor& scale, const OptionalTensor& beta) {
+  STD_TORCH_CHECK(mean.has_value() == scale.has_value() && mean.has_value() == beta.has_value(),
+                  "residual_mean, residual_scale and residual_beta must be given together, got ",
+                  int{mean.has_value()} + scale.has_value() + beta.has_value(), " of 3");
+  STD_TORCH_CHECK(residual || !mean, "residual_mean is given without residual");
 }
 
 // ---- memory shared by arguments

@@ -38,4 +38,34 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
   m.def(
       "same_sample(Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, "
       "Tensor var, Tensor sample) -> bool");
+
+  // in the CUDA library
+  m.def("cuda_norm_stats(Tensor z, Tensor(a!) mean, Tensor(b!) m2) -> ()");
+  m.def(
+      "cuda_norm_prepare(Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor(a!) scale, "
+      "Tensor(b!) beta, Tensor(c!) rstd) -> ()");
+  m.def(
+      "cuda_norm_coefficients(Tensor scale, Tensor rstd, Tensor sum_du, Tensor sum_du_centred, "
+      "int n, Tensor(a!) sum_du_xhat, Tensor(b!) coef_z, Tensor(c!) coef_1) -> ()");
+  m.def(
+      "cuda_norm_apply(Tensor z, Tensor mean, Tensor scale, Tensor beta, Tensor? residual, "
+      "Tensor? residual_mean, Tensor? residual_scale, Tensor? residual_beta, bool relu, "
+      "bool add_after_act, Tensor(a!) out, Tensor(b!)? mask) -> ()");
+  m.def(
+      "cuda_norm_backward_reduce(Tensor dy, Tensor? dy2, Tensor z, Tensor mean, Tensor scale, "
+      "Tensor beta, Tensor? y, Tensor? mask, bool relu, Tensor? z2, Tensor? mean2, "
+      "Tensor(a!) sums, Tensor(b!)? du, Tensor(c!)? activation) -> ()");
+  m.def(
+      "cuda_norm_backward_apply(Tensor dy, Tensor z, Tensor mean, Tensor scale, Tensor beta, "
+      "Tensor? y, bool relu, Tensor? coef_z, Tensor? coef_1, Tensor? z2, Tensor? mean2, "
+      "Tensor? scale2, Tensor? coef_z2, Tensor? coef_12, Tensor(a!) dz, Tensor(b!)? du, "
+      "Tensor(c!)? dz2) -> ()");
+  m.def(
+      "cuda_norm_forward(Tensor z, Tensor? weight, Tensor? bias, float eps, Tensor? residual, "
+      "bool relu, bool add_after_act, Tensor(a!) out, Tensor(b!)? mask, Tensor(c!) mean, "
+      "Tensor(d!) var) -> ()");
+  m.def(
+      "cuda_norm_backward(Tensor dy, Tensor? dy2, Tensor z, Tensor mean, Tensor scale, "
+      "Tensor beta, Tensor rstd, Tensor? y, Tensor? mask, bool relu, Tensor(a!) dz, "
+      "Tensor(b!)? du, Tensor(c!)? activation, Tensor(d!) sum_du, Tensor(e!) sum_du_xhat) -> ()");
 }

@@ -1,12 +1,14 @@
 """Loads the compiled library and says why not where it cannot. Importing this never raises.
 
 Loading registers the raw ops as ``torch.ops.resfast.norm_*``: every one writes into tensors that
-the caller allocated and returns nothing. See ``csrc/library.cpp`` for their schemas.
+the caller allocated and returns nothing. See ``csrc/library.cpp`` for their schemas. The CUDA
+library adds the kernels of ``cuda_norm_*`` and is loaded at first use.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import json
 import os
@@ -28,6 +30,17 @@ RAW_OPS = (
     "winograd_weight",
     "winograd_conv",
     "winograd_wgrad",
+)
+# of the CUDA library
+CUDA_RAW_OPS = (
+    "cuda_norm_stats",
+    "cuda_norm_prepare",
+    "cuda_norm_coefficients",
+    "cuda_norm_apply",
+    "cuda_norm_backward_reduce",
+    "cuda_norm_backward_apply",
+    "cuda_norm_forward",
+    "cuda_norm_backward",
 )
 
 _INSTALL = "pip install -e ."
@@ -51,7 +64,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 def _register_fakes() -> None:
-    for name in RAW_OPS:
+    for name in RAW_OPS + CUDA_RAW_OPS:
         torch.library.register_fake(f"resfast::{name}", lambda *args, **kwargs: None)
 
 
@@ -80,18 +93,40 @@ def cpu_isa() -> str | None:
     return _C.cpu_isa() if _C is not None else None
 
 
-def cuda_library() -> dict[str, Any]:
-    """Facts about the CUDA library, or under "reason" why there is none."""
+@functools.cache
+def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
+    """The CUDA library, its ops registered, or why there is none. Needs no GPU and no driver."""
+    if _C is None:
+        return None, _error  # the schemas of its ops are there
     path = Path(__file__).with_name("_C_cuda.so")
     if not path.exists():
-        reason = build_info().get("cuda", {}).get("reason") or _error or "it is not installed"
-        return {"built": False, "reason": reason}
+        return None, build_info().get("cuda", {}).get("reason") or "it is not installed"
     try:
-        read = ctypes.CDLL(str(path)).resfast_cuda_build_info
+        library = ctypes.CDLL(str(path))
+        library.resfast_cuda_build_info.restype = ctypes.c_char_p
+        library.resfast_cuda_unusable.restype = ctypes.c_char_p
+        library.resfast_cuda_unusable.argtypes = [ctypes.c_int]
     except (OSError, AttributeError) as error:
-        return {"built": False, "reason": f"{path.name} does not load: {error}"}
-    read.restype = ctypes.c_char_p
-    return {"built": True, **json.loads(read())}
+        return None, f"{path.name} does not load: {error}"
+    return library, None
+
+
+def cuda_library() -> dict[str, Any]:
+    """Facts about the CUDA library, or under "reason" why there is none."""
+    library, reason = _load_cuda()
+    if library is None:
+        return {"built": False, "reason": reason}
+    return {"built": True, **json.loads(library.resfast_cuda_build_info())}
+
+
+@functools.cache
+def cuda_unusable(index: int) -> str | None:
+    """Why the CUDA library's kernels do not run on a device, in CUDA's words, or None."""
+    library, reason = _load_cuda()
+    if library is None:
+        return reason
+    said = library.resfast_cuda_unusable(index)
+    return None if said is None else said.decode()
 
 
 def warn_if_unavailable() -> None:

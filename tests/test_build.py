@@ -73,6 +73,33 @@ def test_links_against_libtorch_cpu_only_and_without_a_path():
     assert not any("RPATH" in line or "RUNPATH" in line for line in dynamic)
 
 
+def cuda_library() -> str:
+    path = Path(native.__file__).with_name("_C_cuda.so")
+    if not path.exists():
+        pytest.skip(f"no CUDA library: {native.cuda_library()['reason']}")
+    return str(path)
+
+
+@built
+def test_cuda_library_asks_nothing_of_cuda_builds_of_torch():
+    dynamic = lines_of("readelf", "-d", "-W", cuda_library())
+    needed = {re.search(r"\[(.*)\]", line).group(1) for line in dynamic if "(NEEDED)" in line}
+    allowed = r"libtorch_cpu|libstdc\+\+|libgcc_s|libc|libm|libdl|librt|libpthread|ld-linux"
+    assert [name for name in needed if not re.match(rf"({allowed})[.-]", name)] == []
+    assert not any("RPATH" in line or "RUNPATH" in line for line in dynamic)
+    in_cpu = {line.split()[-1] for line in lines_of("nm", "-D", "--defined-only", libtorch_cpu())}
+    undefined = [
+        line.split()[-1] for line in lines_of("nm", "-D", "--undefined-only", cuda_library())
+    ]
+    of_torch = {name for name in undefined if re.match(r"(aoti_)?torch_", name)}
+    assert of_torch
+    assert of_torch - in_cpu == set()
+
+
+def libtorch_cpu() -> str:
+    return str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+
+
 @built
 def test_nothing_but_the_module_is_exported():
     exported = [line.split()[-1] for line in lines_of("nm", "-D", "--defined-only", library())]
@@ -159,7 +186,6 @@ def test_load_error_gives_reason_and_command(monkeypatch, error, says):
 def test_cuda_library_says_what_it_is():
     info = native.cuda_library()
     if info["built"]:
-        assert info["kernels"] is False
         assert info["nvcc"]
         assert info["architectures"]
     else:

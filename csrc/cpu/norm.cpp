@@ -225,13 +225,7 @@ void norm_apply(const Tensor& z, const Tensor& mean, const Tensor& scale, const 
   check_channel_vector(residual_mean, "residual_mean", z);
   check_channel_vector(residual_scale, "residual_scale", z);
   check_channel_vector(residual_beta, "residual_beta", z);
-  const bool affine = residual_mean.has_value();
-  STD_TORCH_CHECK(
-      affine == residual_scale.has_value() && affine == residual_beta.has_value(),
-      "residual_mean, residual_scale and residual_beta must be given together, got ",
-      int{residual_mean.has_value()} + residual_scale.has_value() + residual_beta.has_value(),
-      " of 3");
-  STD_TORCH_CHECK(residual || !affine, "residual_mean is given without residual");
+  check_affine_of_residual(residual, residual_mean, residual_scale, residual_beta);
   check_activation_like(out, "out", z, "z");
   check_memory({{"out", out}}, {{"z", z},
                                 {"residual", residual},

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from resfast.backends.cpu import CpuBackend
+from resfast.backends.cuda import CudaBackend
 from resfast.backends.eager import EagerBackend
 from resfast.backends.interface import Backend
 from resfast.backends.triton import TritonBackend
 
-# in order of preference; the last one takes everything
-_BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), TritonBackend(), EagerBackend())}
+# in order of preference; the last one takes everything. Triton fuses norms into convolutions, which
+# the CUDA kernels do not, and neither has been timed on a GPU.
+_BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (CpuBackend(), TritonBackend(), CudaBackend(), EagerBackend())
+}
 _forced: str | None = None
 
 
@@ -112,7 +116,7 @@ def chains(z: Tensor) -> bool:
 
     Told from the device alone, so that a compiler can trace it: a choice of layout, not of results.
     """
-    return _forced == "triton" if _forced else z.device.type == "cuda"
+    return _forced in ("triton", "cuda") if _forced else z.device.type == "cuda"
 
 
 @contextlib.contextmanager

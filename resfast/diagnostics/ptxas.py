@@ -1,0 +1,123 @@
+"""What the CUDA kernels take of a chip, asked of nvcc without a GPU, as a table.
+
+    python -m resfast.diagnostics.ptxas [--arch 80,90a,100] [--only SUBSTRING]
+
+Registers, bytes spilled and static shared memory of every kernel in a checkout's csrc/cuda; more
+shared memory is asked for at launch, 16 KiB at most. Exit status 1 if a kernel spills registers to
+memory, or does not compile; 0, with the reason, where there is no nvcc or no checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+ARCHITECTURES = "80,90a,100"
+
+
+class Row(NamedTuple):
+    """One kernel on one architecture; spill: bytes stored and loaded, shared: static bytes."""
+
+    arch: str
+    kernel: str
+    registers: int
+    spill: int
+    shared: int
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    in_home = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None
+    return in_home or shutil.which("nvcc")
+
+
+def compile_source(nvcc: str, source: Path, architectures: Sequence[str]) -> str:
+    """What ptxas says; raises CalledProcessError with nvcc's message."""
+    command = [nvcc, "-std=c++17", "-O3", f"-I{CSRC}", "-Xptxas", "-v", "-c", str(source)]
+    command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    # facts of a build, of no consequence here
+    command += ['-DRESFAST_CUDA_ARCHS=""', '-DRESFAST_NVCC_VERSION=""']
+    with tempfile.TemporaryDirectory() as folder:
+        command += ["-o", os.path.join(folder, "object.o")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+_ENTRY = re.compile(r"Compiling entry function '(\w+)' for '\w*?_(\w+)'")
+_SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+
+
+def parse(text: str) -> list[Row]:
+    """Rows of ptxas's report, in its order."""
+    rows = []
+    for part in re.split(r"(?=Compiling entry function)", text):
+        entry = _ENTRY.search(part)
+        if entry is None:
+            continue
+        spill, used = _SPILL.search(part), _USED.search(part)
+        if spill is None or used is None:
+            raise ValueError(f"ptxas does not say what {entry[1]} takes")
+        spilled = int(spill[1]) + int(spill[2])
+        rows.append(Row(entry[2], entry[1], int(used[1]), spilled, int(used[2] or 0)))
+    return rows
+
+
+def readable(names: Sequence[str]) -> list[str]:
+    """Kernels as in the source, without namespaces; mangled where there is no c++filt."""
+    if not names or shutil.which("c++filt") is None:
+        return list(names)
+    done = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    names = [re.sub(r"resfast::cuda::|\(anonymous namespace\)::|^void ", "", n) for n in done]
+    return [re.sub(r"\([^()]*\)$", "", name) for name in names]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; 1 if a kernel spills or does not compile."""
+    parser = argparse.ArgumentParser(
+        prog="python -m resfast.diagnostics.ptxas",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--arch", default=ARCHITECTURES, help="comma-separated, of %(default)s")
+    parser.add_argument("--only", default="", help="only sources with this in their name")
+    args = parser.parse_args(argv)
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("skipped: no nvcc in CUDA_HOME or on PATH")
+        return 0
+    sources = [s for s in sorted((CSRC / "cuda").glob("*.cu")) if args.only in s.name]
+    if not sources:
+        print(f"skipped: no sources in {CSRC / 'cuda'}")
+        return 0
+    rows: list[Row] = []
+    for source in sources:
+        try:
+            rows += parse(compile_source(nvcc, source, args.arch.split(",")))
+        except subprocess.CalledProcessError as error:
+            print(f"{source.name} does not compile:\n{error.stderr}", file=sys.stderr)
+            return 1
+    names = readable([row.kernel for row in rows])
+    width = max(map(len, names), default=6)
+    print(f"{'arch':>5}  {'kernel':{width}}  {'regs':>4}  {'spill':>5}  {'shared':>6}  verdict")
+    for row, name in zip(rows, names, strict=True):
+        verdict = "spills" if row.spill else "ok"
+        numbers = f"{row.registers:>4}  {row.spill:>5}  {row.shared:>6}"
+        print(f"{row.arch:>5}  {name:{width}}  {numbers}  {verdict}")
+    failed = sum(bool(row.spill) for row in rows)
+    print(f"{len(rows)} compiled, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
