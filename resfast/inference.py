@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -48,6 +49,10 @@ class OptimizedModel(nn.Module):
         self.batch_sizes = sorted(set(batch_sizes))
         self.cuda_graphs = cuda_graphs
         self._forget_plans()
+        # In a CUDA build without a device, the first thread to trace leaves the others a device
+        # guard that dies with it, and they crash: let it be this one, not some worker's.
+        with FakeTensorMode():
+            pass
         super().train(False)
 
     def _forget_plans(self) -> None:
