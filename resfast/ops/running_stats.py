@@ -19,7 +19,7 @@ def _kernel(
     momentum: float | None,
 ) -> None:
     # Inside a backward pass this is activation checkpointing's second forward of the same batch.
-    if torch._C._current_graph_task_id() != -1 or count == 0:
+    if torch._C._current_graph_task_id() != -1:
         return
     if not running_mean.shape == running_var.shape == mean.shape == var.shape:
         raise RuntimeError(
@@ -30,15 +30,20 @@ def _kernel(
         raise RuntimeError("momentum=None (cumulative average) needs num_batches_tracked")
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
+    if count == 0:
+        return
     unbiased = var * (count / max(1, count - 1))
     share: Tensor | float
     if momentum is not None:
         share = momentum
     else:
         assert num_batches_tracked is not None
-        share = num_batches_tracked.to(running_mean.dtype).reciprocal()
-    running_mean.lerp_(mean.to(running_mean.dtype), share)
-    running_var.lerp_(unbiased.to(running_var.dtype), share)
+        share = num_batches_tracked.to(mean.dtype).reciprocal()
+    for running, batch in ((running_mean, mean), (running_var, unbiased)):
+        if running.dtype == batch.dtype:
+            running.lerp_(batch, share)
+        else:  # 16-bit buffers are rounded once, as in stock
+            running.copy_(running.to(batch.dtype).lerp(batch, share))
 
 
 def _fake(running_mean, running_var, num_batches_tracked, mean, var, count, momentum) -> None:
@@ -58,7 +63,7 @@ def update_running_stats(norm: NormParams, mean: Tensor, var: Tensor, count: int
     """Fold one batch's mean and biased variance into the norm's buffers, where it has them.
 
     running ← (1 − momentum)·running + momentum·batch, the variance unbiased; once per batch, also
-    under activation checkpointing. An empty batch changes nothing.
+    under activation checkpointing. An empty batch only counts.
     """
     if not norm.training or norm.running_mean is None or norm.running_var is None:
         return
