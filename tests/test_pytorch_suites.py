@@ -1,4 +1,4 @@
-"""PyTorch's own samples and error inputs of batch norm and conv2d, through resfast's ops and layers.
+"""PyTorch's own samples and error inputs of batch norm and conv2d, on resfast's ops and layers.
 
 What is compared, by the criterion of resfast/testing.py: samples with 4 dimensions and a floating
 dtype. Batch norm's samples of 2 or 3 dimensions are compared once more as ``[N, C, L, 1]``. All
@@ -27,6 +27,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     invocations = pytest.importorskip("torch.testing._internal.common_methods_invocations")
     common_modules = pytest.importorskip("torch.testing._internal.common_modules")
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
@@ -188,9 +189,7 @@ def test_native_batch_norm_statistics(dtype):
         exact = [None if t is None else t.detach().double() for t in (x, weight, bias, mean, var)]
         _, want_mean, want_rstd = torch.native_batch_norm(*exact, True, momentum, eps)
         vectors = [None if t is None else t.detach().clone() for t in (weight, bias, mean, var)]
-        _, got_mean, got_var = torch.ops.resfast.bn_act(
-            x, *vectors, None, True, eps, False, False
-        )
+        _, got_mean, got_var = torch.ops.resfast.bn_act(x, *vectors, None, True, eps, False, False)
         assert got_mean.dtype == vector_dtype(x)
         rtol = 1e-12 if dtype == torch.float64 else 1e-6
         torch.testing.assert_close(got_mean.double(), want_mean, rtol=rtol, atol=rtol)
@@ -311,7 +310,7 @@ def test_conv2d_samples(dtype):
                 comparison.add(ours, stock, tensors)
             else:
                 unbatched += 1
-                with pytest.raises(ValueError, match="expected 4D|4D"):
+                with pytest.raises(ValueError, match="expected 4D"):
                     ours(tensors)
     assert unbatched
     with_bias.check(4)  # y, dx, dweight, dbias
