@@ -1,4 +1,4 @@
-"""ONNX's own cases of Conv and BatchNormalization, as far as they are one 2-d node, on resfast's ops.
+"""ONNX's own cases of Conv and BatchNormalization, where one 2-d node, on resfast's ops.
 
 Cases come from onnx's node tests and the models it ships that PyTorch once exported. Of another
 rank they must raise ValueError. Two things ONNX means otherwise: padding may be one-sided (the
