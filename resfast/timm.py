@@ -42,7 +42,8 @@ class StageFeatures(nn.Module):
     """The outputs of some stages, as timm's ``features_only=True``: a list of maps.
 
     ``out_indices`` count as in timm's ResNets: 1 … 4 are layer1 … layer4 (negative from the end).
-    They come in the network's order; stages behind the last one are left out. ``feature_info`` is timm's.
+    They come in the network's order; stages behind the last one are left out.
+    ``feature_info`` is timm's.
     """
 
     def __init__(self, model: Backbone, out_indices: Sequence[int]) -> None:
