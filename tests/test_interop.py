@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from resfast.models import PreActResNet, ResNet, SimpleResNet
 from resfast.nn import BasicBlock, Bottleneck, PreActBlock, unfused
 from resfast.testing import FLOOR_ULPS, HALF_FACTOR, POOL_INPUTS, POOL_VALUES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = 5
 BUILDS: dict[str, Callable[[], nn.Module]] = {
     "basic": lambda: ResNet(BasicBlock, [1, 1, 1, 1], CLASSES),
@@ -26,15 +27,6 @@ BUILDS: dict[str, Callable[[], nn.Module]] = {
     "preact": lambda: PreActResNet(PreActBlock, [1, 1, 1, 1], CLASSES),
     "simple": lambda: SimpleResNet(num_classes=CLASSES),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors are small: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(name: str = "basic") -> nn.Module:

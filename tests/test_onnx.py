@@ -17,6 +17,7 @@ from resfast.testing import FLOOR_ULPS, SINGLE_FACTOR
 onnx = pytest.importorskip("onnx", reason="onnx is in the bench extra")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is in the bench extra")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BUILDS = {
     "basic": lambda: ResNet(BasicBlock, [1, 1, 1, 1], 5, antialias=True),
     "bottleneck": lambda: ResNet(Bottleneck, [1, 1, 1, 1], 5, stem="deep", shortcut="d", se=8),

@@ -29,15 +29,7 @@ with warnings.catch_warnings():
     common_modules = pytest.importorskip("torch.testing._internal.common_modules")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors are tiny: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 NO_EPS = 2.0**-500  # stock's functions refuse 0
 OPS = {o.name: o for o in invocations.op_db if not o.variant_test_name}

@@ -11,18 +11,10 @@ import torch
 
 import resfast
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPES = Path(__file__).resolve().parent.parent / "docs" / "recipes"
 PAGES = sorted(p.stem for p in RECIPES.glob("*.md") if p.stem != "README")
 OWN = {"torch", "resfast"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors are small: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def blocks(page: str) -> list[str]:

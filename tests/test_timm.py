@@ -15,6 +15,8 @@ import resfast
 timm = pytest.importorskip("timm", reason="timm is optional")
 import resfast.timm  # noqa: E402  (needs timm)
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def images(n: int = 2, channels: int = 3, size: int = 64) -> torch.Tensor:
     return torch.randn(n, channels, size, size)
