@@ -1,8 +1,8 @@
 """ONNX's own cases of Conv and BatchNormalization, where one 2-d node, on resfast's ops.
 
 Cases come from onnx's node tests and the models it ships that PyTorch once exported. Of another
-rank they must raise ValueError. Two things ONNX means otherwise: padding may be one-sided (the
-input is padded first), and the running variance takes the biased variance of the batch.
+rank they must raise ValueError. ONNX means one thing otherwise: the running variance takes the
+biased variance of the batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from resfast.ops import ConvParams, NormParams, bn_act, conv_bn_act
@@ -82,11 +81,9 @@ def conv(inputs: list[Tensor], a: dict[str, Any]) -> list[Tensor]:
     a = {"strides": [1, 1], "dilations": [1, 1], "group": 1, **a}
     padding = (0, 0)
     if x.dim() == 4:
-        top, left, bottom, right = pads(x, weight, a)
-        if (top, left) == (bottom, right):
-            padding = (top, left)
-        else:
-            x = F.pad(x, (left, right, top, bottom))
+        top, left, *rest = pads(x, weight, a)
+        assert [top, left] == rest, "resfast pads both sides alike, and so do all cases"
+        padding = (top, left)
     k = weight.shape[0]
     geometry = (tuple(a["strides"]), padding, tuple(a["dilations"]), a["group"])
     norm = NormParams(None, None, torch.zeros(k), torch.ones(k), eps=NO_EPS)
