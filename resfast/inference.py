@@ -8,12 +8,17 @@ graph to one Python function. Later calls run that function.
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from resfast.backends.interface import ConvGeometry, NormVectors
 from resfast.backends.packed import (
@@ -25,20 +30,51 @@ from resfast.backends.select import select
 
 MAX_PLANS = 8
 _PREPARED = "resfast prepared convolution"
+Plan = Callable[[Tensor], Any]
 
 
 class OptimizedModel(nn.Module):
     """What ``optimize_for_inference`` returns. ``forward`` takes one tensor, without gradients.
 
     ``plans`` has a compiled function for each input size met so far, up to ``MAX_PLANS``; further
-    sizes, and models that cannot be traced, run the copied model itself.
+    sizes, and models that cannot be traced, run the copied model itself. Threads may share it.
+    A copy, and what is loaded from a file, makes plans of its own.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, batch_sizes: Sequence[int] = (), cuda_graphs: bool = False
+    ) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).requires_grad_(False)
-        self.plans: dict[tuple, fx.GraphModule | nn.Module] = {}
+        self.batch_sizes = sorted(set(batch_sizes))
+        self.cuda_graphs = cuda_graphs
+        self._forget_plans()
+        # In a CUDA build without a device, the first thread to trace leaves the others a device
+        # guard that dies with it, and they crash: let it be this one, not some worker's.
+        with FakeTensorMode():
+            pass
         super().train(False)
+
+    def _forget_plans(self) -> None:
+        self.plans: dict[tuple, Plan] = {}
+        self._planning = threading.Lock()  # tracing has global state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("plans", "_planning")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_plans()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> OptimizedModel:
+        super()._apply(*args, **kwargs)  # .to(), .half(): the plans hold the old parameters
+        self._forget_plans()
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        keys = super().load_state_dict(*args, **kwargs)
+        self._forget_plans()
+        return keys
 
     def train(self, mode: bool = True) -> OptimizedModel:
         if mode:
@@ -47,39 +83,131 @@ class OptimizedModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Any:
-        key = (x.shape, x.stride(), x.dtype, x.device)
+        if not self.batch_sizes or x.dim() == 0 or len(x) == 0:
+            return self._run(x)
+        pieces = [self._run_padded(piece) for piece in x.split(self.batch_sizes[-1])]
+        return pieces[0] if len(pieces) == 1 else _concatenated(pieces)
+
+    def _run_padded(self, x: Tensor) -> Any:
+        """The next batch size's plan, on x and zeros behind it."""
+        n, size = len(x), self.batch_sizes[bisect_left(self.batch_sizes, len(x))]
+        if n < size:
+            x = _padded(x, size)
+        y = self._run(x)
+        return y if n == size else tree_map_only(Tensor, lambda t: t[:n], y)
+
+    def _run(self, x: Tensor) -> Any:
+        key = (x.shape, x.stride(), x.dtype, x.device, _autocast_dtype(x.device.type))
         plan = self.plans.get(key)
         if plan is None:
-            if len(self.plans) >= MAX_PLANS:
-                return self.model(x)
-            plan = self.plans[key] = _plan(self.model, x)
+            with self._planning:
+                plan = self.plans.get(key)
+                if plan is None:
+                    if len(self.plans) >= MAX_PLANS:
+                        return self.model(x)
+                    plan = self.plans[key] = self._plan(x)
         return plan(x)
 
+    def _plan(self, x: Tensor) -> Plan:
+        plan: Plan = _plan(self.model, x)
+        if self.batch_sizes:
+            _check_independent(plan, x, type(self.model).__name__)
+        return _CudaGraph(plan, x) if self.cuda_graphs and x.is_cuda else plan
 
-def optimize_for_inference(model: nn.Module) -> OptimizedModel:
-    """A copy of ``model`` for inference: equal outputs, less time a call.
 
-    Later changes of ``model`` do not reach the copy. Weights are prepared once for each input
-    size, and kept as long as the copy lives.
+def optimize_for_inference(
+    model: nn.Module, *, batch_sizes: Sequence[int] = (), cuda_graphs: bool = False
+) -> OptimizedModel:
+    """A copy of ``model`` for inference: equal outputs, less time a call, a plan per input size.
+
+    Later changes of ``model`` do not reach the copy, which keeps its prepared weights.
+
+    Args:
+        batch_sizes: plan for these alone; other batches are padded with zeros, or cut. Samples
+            must not depend on each other, which the first call checks.
+        cuda_graphs: on CUDA, replay each plan as one graph; never run so far.
 
     Raises:
-        RuntimeError: a module in model is in training mode.
+        RuntimeError: a module is in training mode; at a call, samples that depend on each other.
+        ValueError: a batch size below 1.
     """
     training = [name or "the model" for name, m in model.named_modules() if m.training]
     if training:
         raise RuntimeError(f"call model.eval() first: {training[0]} is in training mode")
-    return OptimizedModel(model)
+    if any(n < 1 for n in batch_sizes):
+        raise ValueError(f"batch_sizes must be at least 1, got {tuple(batch_sizes)}")
+    return OptimizedModel(model, batch_sizes, cuda_graphs)
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts to here, since a plan has the casts in it; None where it is off."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+def _padded(x: Tensor, size: int) -> Tensor:
+    """x in its own layout, so that padded batches and full ones share a plan."""
+    nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if nhwc else torch.contiguous_format
+    shape = (size, *x.shape[1:])
+    padded = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    padded[: len(x)] = x
+    padded[len(x) :] = 0
+    return padded
+
+
+def _concatenated(pieces: list[Any]) -> Any:
+    leaves, structures = zip(*(tree_flatten(piece) for piece in pieces), strict=True)
+    return tree_unflatten([torch.cat(parts) for parts in zip(*leaves, strict=True)], structures[0])
+
+
+def _check_independent(plan: Plan, x: Tensor, name: str) -> None:
+    """The first sample's output stays the same, bit by bit, when the other samples are zeros."""
+    alone = torch.zeros_like(x)
+    alone[:1] = x[:1]
+    for a, b in zip(tree_flatten(plan(x))[0], tree_flatten(plan(alone))[0], strict=True):
+        if not isinstance(a, Tensor) or a.dim() == 0 or len(a) != len(x):
+            raise RuntimeError(f"batch_sizes: an output of {name} has no batch dimension")
+        if not torch.equal(a[:1].nan_to_num(), b[:1].nan_to_num()):
+            raise RuntimeError(
+                f"batch_sizes: the output of {name} for one sample depends on the others in its "
+                "batch, so padding would change it"
+            )
+
+
+class _CudaGraph:
+    """A plan captured once and replayed, on memory of its own. Never executed so far."""
+
+    def __init__(self, plan: Plan, x: Tensor) -> None:
+        self.x = x.clone()
+        self.replaying = threading.Lock()
+        stream = torch.cuda.Stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # what a first call tunes and allocates must be over
+                plan(self.x)
+        torch.cuda.current_stream(x.device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.y = plan(self.x)
+
+    def __call__(self, x: Tensor) -> Any:
+        with self.replaying:
+            self.x.copy_(x)
+            self.graph.replay()
+            return tree_map_only(Tensor, Tensor.clone, self.y)
 
 
 def _plan(model: nn.Module, x: Tensor) -> fx.GraphModule | nn.Module:
     try:
         graph = make_fx(model)(x)
     except Exception as error:
+        model(x)  # a wrong input fails here, with the model's own error
         reason = str(error).splitlines()[0] if str(error) else ""
         warnings.warn(
             f"not optimized, {type(model).__name__} cannot be traced: "
             f"{type(error).__name__}: {reason}",
-            stacklevel=4,
+            stacklevel=8,
         )
         return model
     for node in list(graph.graph.nodes):

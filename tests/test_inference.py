@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import threading
 import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import resfast
-from resfast import native
+from resfast import BasicBlock, native
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason=str(native.load_error()))
 MODELS = ["resnet18", "resnet50", "resnext50_32x4d", "preact_resnet18", "simple_resnet"]
 
 
-def _model(name="resnet18", **options):
+def _model(name="resnet18", build=None):
     torch.manual_seed(0)
-    model = resfast.create_model(name, num_classes=10, **options)
+    model = build() if build else resfast.create_model(name, num_classes=10)
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.running_mean.normal_(0, 0.1)
             m.running_var.uniform_(0.5, 1.5)
     return model.eval()
+
+
+def _small():
+    """Where nothing depends on the size of the model."""
+    return _model(build=lambda: resfast.SimpleResNet(num_classes=10, channels=16))
 
 
 def _images(*shape):
@@ -150,32 +157,172 @@ def test_on_another_device_no_convolution_is_prepared_for_the_cpu():
     assert not any("run_" in str(n.target) for n in plan.graph.nodes)
 
 
-def test_threads_share_one_optimized_model():
-    model = _model()
+def test_threads_share_one_optimized_model(monkeypatch):
+    """Also at the first call, where no thread finds a plan: each is made once, and traces well."""
+    model = _small()
     optimized = resfast.optimize_for_inference(model)
-    inputs = [_images(2, 3, 32, 32) for _ in range(4)]
+    inputs = [_images(2, 3, size, 32) for size in (32, 32, 48, 64)]
     with torch.no_grad():
         expected = [model(x) for x in inputs]
-    optimized(inputs[0])
-    results: list = [None] * 4
+    made = []
+    plan = resfast.inference._plan
+    monkeypatch.setattr("resfast.inference._plan", lambda *a: made.append(1) or plan(*a))
+    results: list[list[Tensor]] = [[] for _ in inputs]
+    start = threading.Barrier(len(inputs))
 
     def work(i):
-        for _ in range(10):
-            results[i] = optimized(inputs[i])
+        start.wait()
+        for _ in range(5):
+            results[i].append(optimized(inputs[i]))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    for result, wanted in zip(results, expected, strict=True):
-        torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+    assert len(made) == 3
+    for got, wanted in zip(results, expected, strict=True):
+        assert len(got) == 5
+        for y in got:
+            torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_wrong_input_is_refused_with_the_models_own_error():
-    optimized = resfast.optimize_for_inference(_model())
-    with (
-        pytest.warns(UserWarning, match="cannot be traced"),
-        pytest.raises(RuntimeError, match="channels"),
-    ):
-        optimized(_images(1, 4, 64, 64))
+    """And takes up no plan."""
+    optimized = resfast.optimize_for_inference(_small())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="channels"):
+            optimized(_images(1, 4, 64, 64))
+        with pytest.raises(ValueError, match="4D"):
+            optimized(torch.randn(3, 64, 64))
+    assert not optimized.plans
+
+
+# ---- batch sizes
+
+
+def _features():
+    return _model(build=lambda: resfast.ResNet(BasicBlock, [1, 1, 1, 1], features_only=True))
+
+
+@pytest.mark.parametrize("build", [_small, _features])
+def test_batches_are_padded_and_cut_to_the_sizes_asked_for(build):
+    model = build()
+    optimized = resfast.optimize_for_inference(model, batch_sizes=(4, 1))
+    for n in (1, 2, 3, 4, 5, 10):
+        x = _images(n, 3, 32, 32)
+        with torch.no_grad():
+            expected = model(x)
+        torch.testing.assert_close(optimized(x), expected, rtol=1e-4, atol=1e-4)
+    assert sorted(key[0][0] for key in optimized.plans) == [1, 4]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_padding_changes_no_bit_and_no_layout(layout):
+    """One plan, whatever else is in the batch; a padded batch is as the caller's in memory."""
+    optimized = resfast.optimize_for_inference(_small(), batch_sizes=[4])
+    x = torch.randn(4, 3, 32, 32).contiguous(memory_format=layout)
+    whole = optimized(x)
+    for n in (1, 2, 3):
+        assert torch.equal(optimized(x[:n]), whole[:n])
+    assert len(optimized.plans) == 1
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    for sizes in ((), (2,)):
+        assert resfast.optimize_for_inference(_small(), batch_sizes=sizes)(
+            torch.empty(0, 3, 32, 32)
+        ).shape == (0, 10)
+
+
+class Whitened(nn.Module):
+    """Samples depend on each other."""
+
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+class Total(nn.Module):
+    def forward(self, x):
+        return x.sum()
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Whitened(), "depends on the others"),
+        (nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), "depends on the others"),
+        (Total(), "no batch dimension"),
+    ],
+)
+@pytest.mark.parametrize("n", [2, 3])
+def test_batch_sizes_need_independent_samples(model, words, n):
+    optimized = resfast.optimize_for_inference(model.eval(), batch_sizes=[3])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=words):
+            optimized(_images(n, 3, 8, 8))
+    assert resfast.optimize_for_inference(model)(_images(n, 3, 8, 8)) is not None
+
+
+def test_bad_batch_sizes():
+    with pytest.raises(ValueError, match="at least 1"):
+        resfast.optimize_for_inference(_small(), batch_sizes=(0, 4))
+
+
+# ---- what else may change between calls
+
+
+def test_plans_under_autocast_are_plans_of_their_own():
+    model, x = _small(), _images()
+    optimized = resfast.optimize_for_inference(model)
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-4)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = optimized(x)
+                assert y.dtype == torch.bfloat16
+                torch.testing.assert_close(y, model(x))
+    assert len(optimized.plans) == 2
+
+
+def test_copies_moves_and_loads_make_new_plans():
+    model, other, x = _small(), _small().requires_grad_(False), _images()
+    other.conv1.weight.mul_(-2)
+    optimized = resfast.optimize_for_inference(model, batch_sizes=[2])
+    y = optimized(x)
+    file = io.BytesIO()
+    torch.save(optimized, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(optimized), torch.load(file, weights_only=False)):
+        assert not twin.plans
+        assert torch.equal(twin(x), y)
+    optimized.load_state_dict({f"model.{k}": v for k, v in other.state_dict().items()})
+    torch.testing.assert_close(optimized(x), other(x), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(optimized(x), y, rtol=1e-2)
+    optimized.to(torch.float64)
+    torch.testing.assert_close(optimized(x.double()), other.double()(x.double()))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_optimizing_and_calling_in_inference_mode(mode):
+    model, x = _small(), _images()
+    with mode():
+        optimized = resfast.optimize_for_inference(model)
+        torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_graphs_replay_each_call_anew():
+    model = _small().cuda()
+    optimized = resfast.optimize_for_inference(model, cuda_graphs=True)
+    results = []
+    for _ in range(3):
+        x = _images().cuda()
+        with torch.no_grad():
+            results.append((optimized(x), model(x)))
+    for y, wanted in results:
+        torch.testing.assert_close(y, wanted, rtol=1e-3, atol=1e-3)

@@ -617,6 +617,8 @@ def test_hub_entry_points_are_the_registry():
     assert sorted(k for k, v in names.items() if callable(v)) == list_models()
     model = torch.hub.load(str(root), "simple_resnet", source="local", channels=4)
     assert model.conv1.out_channels == 4
+    model = torch.hub.load(str(root), "resnet18", source="local", num_classes=3)
+    assert model.fc.out_features == 3
 
 
 def test_weights_from_a_file(tmp_path):

@@ -355,6 +355,7 @@ def test_empty_batch_is_stocks():
     assert x.grad.shape == x.shape
     assert torch.equal(ours.running_mean, stock.running_mean)
     assert torch.equal(ours.running_var, stock.running_var)
+    assert ours.num_batches_tracked == stock.num_batches_tracked
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -581,6 +582,8 @@ BAD_NORM = {
     ),
     "running_var size": ({"running_var": torch.ones(1)}, RuntimeError, "running_var should"),
     "weight dtype": ({"weight": torch.ones(4).double()}, RuntimeError, "weight"),
+    "eps of 0": ({"eps": 0.0}, ValueError, "eps must be positive"),
+    "negative eps": ({"eps": -1.0, "training": False}, ValueError, "eps must be positive"),
     "half a pair": ({"running_mean": None}, RuntimeError, "running_var"),
     "no statistics in eval": (
         {"running_mean": None, "running_var": None, "training": False},
@@ -725,7 +728,7 @@ def test_mixed_devices():
     ("change", "words"),
     [
         ({"eps": float("nan")}, "eps"),
-        ({"eps": -1.0}, "eps"),
+        ({"eps": float("inf")}, "eps"),
         ({"momentum": 1.5}, "momentum"),
         ({"running_var": -torch.ones(4)}, "running_var"),
         ({"running_mean": torch.full((4,), float("inf"))}, "running_mean"),

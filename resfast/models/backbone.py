@@ -72,6 +72,9 @@ class Backbone(Fusible):
         self.fc = _classifier(channels, num_classes)
         self.num_classes = num_classes
 
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
     def reset_classifier(self, num_classes: int) -> None:
         """Replace ``fc`` by a fresh one on the same device and dtype; 0 classes: by an Identity."""
         like = next(self.parameters())
@@ -112,9 +115,13 @@ class Backbone(Fusible):
         """The last feature map, ``[N, num_features, H / reduction, W / reduction]``."""
         return run_stages([getattr(self, name) for name in STAGES], self.stem(as_input(x)))
 
-    def forward_head(self, x: Tensor) -> Tensor:
-        """Average pool and classifier: ``[N, num_features, H, W]`` → ``[N, num_classes]``."""
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Average pool and classifier: ``[N, num_features, H, W]`` → ``[N, num_classes]``.
+
+        ``pre_logits``: without the classifier, ``[N, num_features]``.
+        """
+        x = torch.flatten(self.avgpool(x), 1)
+        return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if self.features_only:

@@ -53,18 +53,20 @@ def set_fused(model: nn.Module, fused: bool) -> nn.Module:
 
 
 def unfused(model: nn.Module) -> nn.Module:
-    """A deep copy that runs the stock layers: reference, benchmark peer, source for ONNX."""
+    """A deep copy that runs the stock layers: reference and benchmark peer."""
     return set_fused(copy.deepcopy(model), False)
 
 
 def traced(x: Tensor) -> bool:
-    """x is recorded by torch.fx or torch.jit, whose graphs are to hold the stock layers, or is
-    inside a torch.func transform, which the fused ops have no rules for.
+    """x is recorded by torch.fx, torch.jit or torch.onnx, whose graphs are to hold the stock
+    layers, or is inside a torch.func transform, which the fused ops have no rules for.
     """
     return (
         isinstance(x, fx.Proxy)
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
+        # the first is a flag, the second a call with an import in it
+        or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
     )
 
 

@@ -255,7 +255,7 @@ def bn_act(
         ``[N, C, H, W]``, channels_last, dtype of x.
 
     Raises:
-        ValueError: x is not 4-D, or training with one value per channel.
+        ValueError: x is not 4-D, eps ≤ 0, or training with one value per channel.
         RuntimeError: wrong size, dtype or device of another argument.
     """
     check_strict(norm)

@@ -229,7 +229,7 @@ def bn_act_max_pool(
         ``[N, C, P, Q]``, channels_last.
 
     Raises:
-        ValueError: x is not 4-D, or training with one value per channel.
+        ValueError: x is not 4-D, eps ≤ 0, or training with one value per channel.
         RuntimeError: what ``max_pool2d`` raises; wrong size, dtype or device of a vector.
     """
     check_strict(norm)

@@ -16,7 +16,7 @@ _strict = False
 def strict() -> Iterator[None]:
     """Raise ValueError for what stock PyTorch lets through silently.
 
-    eps that is NaN, infinite or negative; momentum outside [0, 1]; non-finite or negative
+    eps that is NaN or infinite; momentum outside [0, 1]; non-finite or negative
     running_var; non-finite running_mean, weight or bias of a norm. Costs reads of the vectors.
     """
     global _strict
@@ -51,8 +51,10 @@ def check_norm(
 
     Raises:
         RuntimeError: a vector's size, dtype or device is wrong, or running statistics are missing.
-        ValueError: training with one value per channel.
+        ValueError: training with one value per channel, or eps ≤ 0.
     """
+    if eps <= 0:
+        raise ValueError(f"batch_norm eps must be positive, but got {eps}")
     c = z.shape[1]
     vectors = (
         ("weight", gamma),
@@ -114,8 +116,8 @@ def check_strict(norm) -> None:
     """Under ``resfast.strict()``: the ValueErrors it promises for one ``NormParams``."""
     if not _strict:
         return
-    if not math.isfinite(norm.eps) or norm.eps < 0:
-        raise ValueError(f"eps must be finite and not negative, got {norm.eps}")
+    if not math.isfinite(norm.eps):
+        raise ValueError(f"eps must be finite, got {norm.eps}")
     if norm.momentum is not None and not 0 <= norm.momentum <= 1:
         raise ValueError(f"momentum must lie in [0, 1], got {norm.momentum}")
     for name in ("weight", "bias", "running_mean", "running_var"):

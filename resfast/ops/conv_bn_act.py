@@ -420,7 +420,7 @@ def conv_bn_act(
         ``[N, K, P, Q]``, channels_last.
 
     Raises:
-        ValueError: x is not 4-D, or training with one value per channel.
+        ValueError: x is not 4-D, eps ≤ 0, or training with one value per channel.
         RuntimeError: what ``conv2d`` raises; wrong size, dtype or device of another argument.
     """
     check_strict(norm)

@@ -22,9 +22,6 @@ def _kernel(
     # Inside a backward pass this is activation checkpointing's second forward of the same batch.
     if torch._C._current_graph_task_id() != -1:
         return
-    # a rank with values need not ask the device for the total
-    if count == 0 and (total is None or not total):
-        return
     if not running_mean.shape == running_var.shape == mean.shape == var.shape:
         raise RuntimeError(
             f"running_mean {tuple(running_mean.shape)}, running_var {tuple(running_var.shape)}, "
@@ -34,6 +31,9 @@ def _kernel(
         raise RuntimeError("momentum=None (cumulative average) needs num_batches_tracked")
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
+    # a rank with values need not ask the device for the total
+    if count == 0 and (total is None or not total):
+        return
     if total is None:
         unbiased = var * (count / max(1, count - 1))
     else:
@@ -43,9 +43,12 @@ def _kernel(
         share = momentum
     else:
         assert num_batches_tracked is not None
-        share = num_batches_tracked.to(running_mean.dtype).reciprocal()
-    running_mean.lerp_(mean.to(running_mean.dtype), share)
-    running_var.lerp_(unbiased.to(running_var.dtype), share)
+        share = num_batches_tracked.to(mean.dtype).reciprocal()
+    for running, batch in ((running_mean, mean), (running_var, unbiased)):
+        if running.dtype == batch.dtype:
+            running.lerp_(batch, share)
+        else:  # 16-bit buffers are rounded once, as in stock
+            running.copy_(running.to(batch.dtype).lerp(batch, share))
 
 
 def _fake(
@@ -71,7 +74,7 @@ def update_running_stats(
     count: values per channel, of a synchronised norm this rank's beside the total ``[1]``.
 
     running ← (1 − momentum)·running + momentum·batch, the variance unbiased; once per batch, also
-    under activation checkpointing. An empty batch changes nothing.
+    under activation checkpointing. An empty batch only counts.
     """
     if not norm.training or norm.running_mean is None or norm.running_var is None:
         return
