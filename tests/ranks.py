@@ -6,6 +6,7 @@ arguments that every rank calls; it fails if it raises on any of them.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import multiprocessing
 import time
@@ -56,4 +57,7 @@ def _run(checks: Sequence[Callable[[], None]], folder: Path, rank: int, size: in
         except BaseException:  # pytest's own failures are no Exceptions
             outcome = traceback.format_exc()
         (folder / f"{check.__name__}.{rank}").write_text(outcome)
+        with contextlib.suppress(RuntimeError):  # after a failure the ranks may be out of step
+            # who leaves first closes connections that the other may still be opening
+            dist.barrier()
         dist.destroy_process_group()

@@ -508,7 +508,8 @@ def assert_ok(verdicts):
 def test_backend(forced, monkeypatch, case, reads_once):
     if not reads_once:
         monkeypatch.setattr(cuda_backend, "HELD_PIXELS", 0)
-    assert_ok(judge_seeds(case, torch.float32, 8, DEVICE, ("nhwc",)))
+    # so few channels: the largest error of 8 inputs says little
+    assert_ok(judge_seeds(case, torch.float32, 64, DEVICE, ("nhwc",)))
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)

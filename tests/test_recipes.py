@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import resfast
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPES = Path(__file__).resolve().parent.parent / "docs" / "recipes"
 PAGES = sorted(p.stem for p in RECIPES.glob("*.md") if p.stem != "README")
@@ -44,8 +42,6 @@ def _as_torchrun_would(monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_run_in_turn(page, tmp_path, monkeypatch):
     """In one namespace a page; what is not installed skips the rest of it."""
-    if page == "sync_batch_norm" and not hasattr(resfast, "convert_sync_batchnorm"):
-        pytest.skip("this version has no convert_sync_batchnorm")
     monkeypatch.chdir(tmp_path)
     namespace: dict = {"__name__": "recipe"}
     assert blocks(page)
