@@ -166,15 +166,7 @@ def write_image_tree(root: Path, count: int = 6, split: tuple[str, ...] = ("trai
                 image_module.new("RGB", (12, 10), colour).save(root / part / name / f"{i}.png")
 
 
-def need_torchvision():
-    try:
-        import torchvision  # noqa: F401
-    except Exception as error:
-        pytest.skip(f"image folders are read by torchvision: {error}")
-
-
 def test_folder_with_train_and_test_keeps_them_apart(tmp_path):
-    need_torchvision()
     write_image_tree(tmp_path)
     data = load_dataset(TrainConfig(data=str(tmp_path)))
     assert data.classes == ["cat", "dog", "owl"]
@@ -189,7 +181,6 @@ def test_folder_with_train_and_test_keeps_them_apart(tmp_path):
 
 @pytest.mark.parametrize("break_it", ["missing class", "not an image", "no classes"])
 def test_folder_that_cannot_be_used_says_why(tmp_path, break_it):
-    need_torchvision()
     write_image_tree(tmp_path)
     if break_it == "missing class":
         for file in (tmp_path / "test" / "owl").iterdir():
@@ -203,6 +194,51 @@ def test_folder_that_cannot_be_used_says_why(tmp_path, break_it):
         tmp_path = tmp_path / "train" / "cat"
         expected = "find any class folder"
     with pytest.raises(UserError, match=expected):
+        load_dataset(TrainConfig(data=str(tmp_path)))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_bad_images_fail_or_are_skipped_by_name(tmp_path, whole):
+    """The first of all, which gives the size, among them."""
+    write_image_tree(tmp_path, split=("train", "test") if whole else ("",))
+    root = tmp_path / "train" if whole else tmp_path
+    (root / "cat" / "0.png").write_bytes(b"no image")
+    (root / "dog" / "3.png").write_bytes((root / "dog" / "4.png").read_bytes()[:50])
+    with pytest.raises(UserError, match="cannot read image"):
+        load_dataset(TrainConfig(data=str(tmp_path)))
+    with pytest.warns(UserWarning, match=r"left out: .*3\.png"):
+        data = load_dataset(TrainConfig(data=str(tmp_path), bad_files="skip"))
+    assert data.skipped == 2
+    assert sum(data.sizes().values()) == (34 if whole else 16)
+    assert data.image_shape == (3, 10, 12)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path):
+    """A file of few bytes whose header promises more pixels than anybody's photograph has."""
+    import zlib
+
+    write_image_tree(tmp_path)
+    header = (30000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data).to_bytes(4, "big")
+        return len(data).to_bytes(4, "big") + kind + data + check
+
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    png += chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    for side in (30000, 10000):  # more than Pillow refuses by itself, more than it warns of
+        size = side.to_bytes(4, "big") * 2
+        (tmp_path / "train" / "cat" / "1.png").write_bytes(
+            png.replace(chunk(b"IHDR", header), chunk(b"IHDR", size + header[8:]))
+        )
+        with pytest.raises(UserError, match=r"cannot read image .*1\.png.*bomb"):
+            load_dataset(TrainConfig(data=str(tmp_path)))
+
+
+def test_images_beside_sounds_are_refused(tmp_path):
+    write_image_tree(tmp_path, split=("",))
+    (tmp_path / "owl" / "hoot.wav").write_bytes(b"")
+    with pytest.raises(UserError, match="both images and sounds"):
         load_dataset(TrainConfig(data=str(tmp_path)))
 
 

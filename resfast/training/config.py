@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
+BAD_FILES = ("fail", "skip")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05}
 INSTALL_HINT = 'pip install "resfast[train]"'
@@ -39,8 +40,12 @@ class TrainConfig:
     model: str = _option("resnet8", "network; `resfast info` lists the names")
     data: str = _option(
         "digits",
-        "digits (scikit-learn's 1,797 real 8×8 images), synthetic, or a folder of images: "
-        "CLASS/*.jpg, or train/CLASS/*.jpg beside test/CLASS/*.jpg",
+        "digits (scikit-learn's 1,797 real 8×8 images), synthetic, or a folder: CLASS/*.jpg, or "
+        "train/CLASS/*.jpg beside test/CLASS/*.jpg; *.wav likewise, or CLASS_SPEAKER_TAKE.wav; "
+        "CIFAR-10's binary or Python batches",
+    )
+    bad_files: str = _option(
+        "fail", "files that cannot be read: fail, or skip (named and counted)", choices=BAD_FILES
     )
     batch_size: int = _option(64, "images per step")
     epochs: int = _option(30, "passes over the training images")
@@ -89,7 +94,7 @@ class TrainConfig:
     threads: int = _option(0, "CPU threads; 0: one for images up to 16×16, else PyTorch's choice")
     seed: int = _option(0, "seeds the split, the weights, the order and the augmentation")
     image_size: int = _option(
-        0, "side images are resized to; 0 means the data's own (synthetic: 32)"
+        0, "side images are resized to; 0: the data's own (synthetic: 32, mel bands and frames: 40)"
     )
     shift: int = _option(
         -1, "augmentation: random shift by up to this many pixels; -1 means an eighth of the side"
@@ -126,6 +131,7 @@ class TrainConfig:
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise OptionError(f"--lr must be a finite number above 0, got {self.lr}")
         _one_of("--optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("--bad-files", self.bad_files, BAD_FILES)
         _one_of("--dtype", self.dtype, DTYPES)
         _check_data(self.data)
         check_device(self.device)

@@ -1,4 +1,4 @@
-"""Image sets held in memory, their seeded splits, and an order whose position can be saved.
+"""Sets of images, or of sounds as images, their seeded splits, and an order that can be saved.
 
 Every random choice is a function of (seed, epoch, batch), so a run resumed in the middle of an
 epoch sees the batches an uninterrupted one would have seen.
@@ -7,21 +7,28 @@ epoch sees the batches an uninterrupted one would have seen.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import re
+import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from resfast.training.audio import SIDE, log_mel, read_wav
+from resfast.training.cifar import CLASSES, is_cifar, read_cifar
 from resfast.training.config import INSTALL_HINT, OptionError, TrainConfig, UserError
 
 VALIDATION_SHARE = 0.1
 TEST_SHARE = 0.2
 MEMORY_LIMIT = 8 * 2**30
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
+SOUND_SUFFIXES = (".wav",)
+# Pixels of a file that is refused as a decompression bomb: what Pillow warns of.
+LARGEST_IMAGE = 2**30 // 4 // 3
 _ORDER, _AUGMENT, _SPLIT, _SYNTHETIC = range(4)
 
 
@@ -51,6 +58,7 @@ class Dataset:
     test: Images
     mean: list[float]
     std: list[float]
+    skipped: int = 0  # files that could not be read
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -161,6 +169,8 @@ def load_dataset(config: TrainConfig) -> Dataset:
         return _digits(config)
     if config.data == "synthetic":
         return _synthetic(config)
+    if is_cifar(Path(config.data)):
+        return _cifar(config)
     return _folder(config)
 
 
@@ -182,15 +192,28 @@ def read_image(path: Path, channels: int, size: tuple[int, int] | None) -> Tenso
     image_module = _pillow()
     try:
         with image_module.open(path) as opened:
+            if opened.width * opened.height > LARGEST_IMAGE:
+                raise ValueError(
+                    f"its {opened.width}×{opened.height} pixels may be a decompression bomb"
+                )
             image = opened.convert("L" if channels == 1 else "RGB")
     except FileNotFoundError:
         raise UserError(f"no image at {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, image_module.DecompressionBombError) as error:
         raise UserError(f"cannot read image {path}: {error}") from None
     if size is not None and (image.height, image.width) != size:
         image = image.resize((size[1], size[0]), image_module.Resampling.BILINEAR)
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.view(image.height, image.width, channels).permute(2, 0, 1).contiguous()
+
+
+def read_sound(path: Path, size: tuple[int, int]) -> Tensor:
+    """float32 1×bands×frames in [0, 1]: the log-mel spectrogram of a wav file."""
+    samples, rate = read_wav(path)
+    try:
+        return log_mel(samples, rate, *size)
+    except UserError as error:
+        raise UserError(f"cannot use sound {path}: {error}") from None
 
 
 def _build(
@@ -245,65 +268,141 @@ def _synthetic(config: TrainConfig, classes: int = 10, count: int = 2000) -> Dat
     return _split_all("synthetic", [f"pattern {i}" for i in range(classes)], images, config.seed)
 
 
+def _cifar(config: TrainConfig) -> Dataset:
+    train, test = (Images(*part) for part in read_cifar(Path(config.data)))
+    held, rest = stratified_split(train.labels, [VALIDATION_SHARE], config.seed)
+    return _build("cifar10", CLASSES, train.select(rest), train.select(held), test)
+
+
+class _Tree(NamedTuple):
+    """Files with their labels: all images, or all sounds."""
+
+    files: list[tuple[Path, int]]
+    classes: list[str]
+    sound: bool
+
+
 def _folder(config: TrainConfig) -> Dataset:
     root = Path(config.data)
     if (root / "train").is_dir() and (root / "test").is_dir():
-        train, classes = _read_tree(root / "train", config.image_size, None)
-        shape = train.pixels.shape[2:]
-        test, test_classes = _read_tree(root / "test", config.image_size, (shape[0], shape[1]))
-        if test_classes != classes:
-            odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
+        train_tree, test_tree = _tree(root / "train"), _tree(root / "test")
+        if test_tree.classes != train_tree.classes:
+            odd = ", ".join(sorted(set(test_tree.classes) ^ set(train_tree.classes)))
             raise UserError(f"{root}: train and test hold different classes ({odd})")
-        held, rest = stratified_split(train.labels, [VALIDATION_SHARE], config.seed)
-        return _build(str(root), classes, train.select(rest), train.select(held), test)
-    images, classes = _read_tree(root, config.image_size, None)
-    return _split_all(str(root), classes, images, config.seed)
+    elif recordings := _recordings(root):
+        train_tree, test_tree = recordings
+    else:
+        images, skipped = _read_files(root, _tree(root), config, None)
+        dataset = _split_all(str(root), _tree(root).classes, images, config.seed)
+        dataset.skipped = skipped
+        return dataset
+    train, skipped = _read_files(root, train_tree, config, None)
+    height, width = train.pixels.shape[2:]
+    test, more = _read_files(root, test_tree, config, (height, width))
+    held, rest = stratified_split(train.labels, [VALIDATION_SHARE], config.seed)
+    dataset = _build(str(root), train_tree.classes, train.select(rest), train.select(held), test)
+    dataset.skipped = skipped + more
+    return dataset
 
 
-def _read_tree(
-    root: Path, image_size: int, size: tuple[int, int] | None
-) -> tuple[Images, list[str]]:
-    folder = _image_folder(root)
-    paths = [Path(path) for path, _ in folder.samples]
-    if image_size:
-        size = (image_size, image_size)
+def _tree(root: Path) -> _Tree:
+    """CLASS/**/*.jpg, or .wav; classes and files in the order of their names."""
+    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not classes:
+        raise UserError(f"--data {root}: couldn't find any class folder in it")
+    found: dict[bool, list[tuple[Path, int]]] = {False: [], True: []}
+    for label, name in enumerate(classes):
+        count = 0
+        for path in sorted((root / name).rglob("*")):
+            sound = path.suffix.lower() in SOUND_SUFFIXES
+            if (sound or path.suffix.lower() in IMAGE_SUFFIXES) and path.is_file():
+                found[sound].append((path, label))
+                count += 1
+        if not count:
+            raise UserError(f"--data {root}: no images or sounds for class {name}")
+    if len(classes) < 2:
+        raise UserError(f"--data {root}: one class only ({classes[0]}); need CLASS/*.jpg")
+    if found[False] and found[True]:
+        raise UserError(f"--data {root} holds both images and sounds")
+    return _Tree(found[False] or found[True], classes, bool(found[True]))
+
+
+_RECORDING = re.compile(r"([^_]+)_[^_]+_(\d+)")
+_TEST_TAKES = 5
+
+
+def _recordings(root: Path) -> tuple[_Tree, _Tree] | None:
+    """{class}_{speaker}_{take}.wav in one folder, takes 0–4 for testing, as spoken digits come."""
+    files = sorted(p for p in root.iterdir() if p.suffix.lower() in SOUND_SUFFIXES)
+    named = [(path, _RECORDING.fullmatch(path.stem)) for path in files]
+    if not files or any(match is None for _, match in named):
+        return None
+    classes = sorted({match[1] for _, match in named if match})
+    parts: tuple[list, list] = ([], [])
+    for path, match in named:
+        if match:
+            parts[int(match[2]) < _TEST_TAKES].append((path, classes.index(match[1])))
+    train, test = (_Tree(part, classes, True) for part in parts)
+    return train, test
+
+
+def _read_files(
+    root: Path, tree: _Tree, config: TrainConfig, size: tuple[int, int] | None
+) -> tuple[Images, int]:
+    """The images, all of one size, and how many files were left out."""
+    side = config.image_size
+    if side:
+        size = (side, side)
+    elif size is None and tree.sound:
+        size = (SIDE, SIDE)
     elif size is None:
-        first = read_image(paths[0], 3, None)
-        size = (first.shape[1], first.shape[2])
-    needed = len(paths) * 3 * size[0] * size[1]
+        size = _first_size(tree.files, config.bad_files)
+    channels, itemsize = (1, 4) if tree.sound else (3, 1)
+    needed = len(tree.files) * channels * size[0] * size[1] * itemsize
     if needed > MEMORY_LIMIT:
         raise UserError(
-            f"{root}: {len(paths):,} images of {size[0]}×{size[1]} need {needed / 2**30:.1f} GiB "
-            f"of memory, the limit is {MEMORY_LIMIT / 2**30:.0f}; choose a smaller --image-size"
+            f"{root}: {len(tree.files):,} images of {size[0]}×{size[1]} need "
+            f"{needed / 2**30:.1f} GiB of memory, the limit is {MEMORY_LIMIT / 2**30:.0f}; choose "
+            "a smaller --image-size"
         )
-    pixels = torch.empty(len(paths), 3, *size, dtype=torch.uint8)
+    dtype = torch.float32 if tree.sound else torch.uint8
+    pixels = torch.empty(len(tree.files), channels, *size, dtype=dtype)
 
-    def read(index: int) -> None:
-        pixels[index] = read_image(paths[index], 3, size)
+    def read(index: int) -> str | None:
+        path = tree.files[index][0]
+        try:
+            pixels[index] = read_sound(path, size) if tree.sound else read_image(path, 3, size)
+        except UserError as error:
+            return str(error)
+        return None
 
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(read, range(len(paths))):
-            pass
-    labels = torch.tensor([label for _, label in folder.samples])
-    return Images(pixels, labels), folder.classes
+        problems = list(pool.map(read, range(len(tree.files))))
+    bad = [problem for problem in problems if problem is not None]
+    if bad and config.bad_files == "fail":
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        raise UserError(f"{bad[0]}{more}; --bad-files skip leaves such files out")
+    for problem in bad:
+        warnings.warn(f"left out: {problem}", stacklevel=2)
+    kept = torch.tensor([problem is None for problem in problems])
+    labels = torch.tensor([label for _, label in tree.files])
+    images = Images(pixels, labels)
+    return (images.select(kept.nonzero().flatten()) if bad else images), len(bad)
 
 
-def _image_folder(root: Path) -> Any:
-    try:
-        from torchvision.datasets import ImageFolder
-    except Exception as error:  # a torchvision built for another torch fails with RuntimeError
-        raise UserError(
-            f"--data {root} reads images through torchvision, which cannot be imported "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); pip install torchvision"
-        ) from None
-    suffixes: Callable[[str], bool] = lambda path: path.lower().endswith(IMAGE_SUFFIXES)  # noqa: E731
-    try:
-        folder = ImageFolder(str(root), is_valid_file=suffixes)
-    except FileNotFoundError as error:
-        raise UserError(f"--data {root}: {str(error).splitlines()[0]}") from None
-    if len(folder.classes) < 2:
-        raise UserError(f"--data {root}: one class only ({folder.classes[0]}); need CLASS/*.jpg")
-    return folder
+def _first_size(files: list[tuple[Path, int]], bad_files: str) -> tuple[int, int]:
+    """Height and width of the first image that can be read."""
+    problem = None
+    for path, _ in files:
+        try:
+            first = read_image(path, 3, None)
+        except UserError as error:
+            if bad_files == "fail":
+                raise
+            problem = problem or error
+            continue
+        return first.shape[1], first.shape[2]
+    raise UserError(f"no image can be read: {problem}")
 
 
 def _pillow() -> Any:

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from resfast.training.checkpoint import BEST, CheckpointError, CheckpointFolder, load
 from resfast.training.config import OptionError, TrainConfig, UserError, resolve_device
-from resfast.training.data import Dataset, load_dataset, normalise, read_image
+from resfast.training.data import (
+    SOUND_SUFFIXES,
+    Dataset,
+    load_dataset,
+    normalise,
+    read_image,
+    read_sound,
+)
 from resfast.training.loop import evaluate, place
 from resfast.training.model import create_for
 from resfast.training.report import binomial_interval, table
@@ -121,9 +128,14 @@ def _given_images(
     channels, height, width = state["image_shape"]
     rows = []
     for path in paths:
-        pixels = read_image(path, channels, (height, width))[None]
-        if invert:
-            pixels = 255 - pixels
+        if path.suffix.lower() in SOUND_SUFFIXES:
+            if channels != 1:
+                raise UserError(f"{path} is sound, and the checkpoint is of colour images")
+            pixels = read_sound(path, (height, width))[None]
+        else:
+            pixels = read_image(path, channels, (height, width))[None]
+            if invert:
+                pixels = 255 - pixels
         inputs = normalise(pixels.to(device), state["mean"], state["std"])
         found = _classify(model, inputs, state["classes"], top)
         rows += [{"image": str(path)} | row for row in found]

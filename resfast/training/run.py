@@ -170,6 +170,7 @@ def _metrics(
             "classes": len(data.classes),
             "image_shape": list(data.image_shape),
             "sizes": data.sizes(),
+            "skipped_files": data.skipped,
             "fingerprint": trainer.fingerprint,
         },
         "test": {
