@@ -98,6 +98,8 @@ def _norm(quick: bool) -> Iterator[Specimen]:
         exact = tiles._replace(rest=_float32(t, c))
         yield Specimen(f"{t} tiles", partial(norm.merge_stats, tiles))
         yield Specimen(f"{t} tiles, rest", partial(norm.merge_stats, exact))
+        unrounded = partial(norm.merge_stats, exact, torch.float64)
+        yield Specimen(f"{t} tiles, rest, unrounded", unrounded)
         yield Specimen(f"{t} tiles", partial(norm.merge_sums, norm.TileSums(_float32(3, t, c))))
     v = _float32(256)
     yield Specimen("", partial(norm.norm_prepare, v, v, v, v, 1e-5))
