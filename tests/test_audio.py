@@ -82,6 +82,11 @@ def test_bands_are_triangles_that_add_up_to_one_between_the_outer_centres():
     torch.testing.assert_close(inner.sum(0), torch.ones(inner.shape[1]))
 
 
+@pytest.mark.parametrize("rate", [8000, 16000])
+def test_no_band_is_empty_however_short_the_frames(rate):
+    assert (log_mel(torch.randn(rate), rate, 40, 200)[0].amax(1) > 0.5).all()
+
+
 def test_loudness_and_what_follows_the_first_second_do_not_matter():
     clip = tone(900, 0.4)
     expected = log_mel(clip, RATE, 40, 40)
