@@ -69,7 +69,7 @@ def one_line(text: str) -> str:
         (["--threads", "-2"], "--threads must be at least 0"),
         (["--image-size", "-8"], "--image-size must be at least 0"),
         (["--shift", "-2"], "--shift must be at least -1"),
-        (["--optimizer", "adamw"], "argument --optimizer: invalid choice: 'adamw'"),
+        (["--optimizer", "lion"], "argument --optimizer: invalid choice: 'lion'"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--model", "resnet19"], "did you mean resnet1"),
         (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
