@@ -75,7 +75,9 @@ class TrainConfig:
         "with mixup, either by turns at random",
     )
     ema: float = _option(
-        0.0, "decay of an average of weights and statistics, which is then evaluated and kept"
+        0.0,
+        "decay of an average of weights and statistics, which is then evaluated and kept; lower in "
+        "the first steps",
     )
     start_size: float = _option(
         1.0, "share of the side to begin with; it grows over the first two thirds of the epochs"

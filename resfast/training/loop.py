@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from resfast.training.checkpoint import CheckpointFolder, NonFiniteError, require_finite
 from resfast.training.config import TrainConfig, UserError
@@ -244,8 +244,9 @@ class Trainer:
         self.mix = Mix(config.mixup, config.cutmix, len(data.classes), config.seed)
         self.average: AveragedModel | None = None
         if config.ema:
-            ema = get_ema_multi_avg_fn(config.ema)
-            self.average = AveragedModel(self.model, multi_avg_fn=ema, use_buffers=True)
+            self.average = AveragedModel(
+                self.model, multi_avg_fn=self._move_average, use_buffers=True
+            )
         self.fingerprint = data.fingerprint()
         self.step = 0
         self.skipped = 0
@@ -398,6 +399,19 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds += time.perf_counter() - started
+
+    @torch.no_grad()
+    def _move_average(self, averaged: Any, current: Any, _count: Any) -> None:
+        """averaged ← d·averaged + (1 − d)·current, d = min(ema, n/(n + 9)) at the n-th step.
+
+        The smaller d at first forgets where training began: weights, and statistics above all.
+        """
+        n = self.step - self.skipped
+        decay = min(self.config.ema, n / (n + 9))
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+        else:  # how many batches the statistics have seen
+            torch._foreach_copy_(averaged, current)
 
     def _log_step(self, loss: Tensor) -> None:
         if self.step % LOG_EVERY and self.device.type != "cpu":
