@@ -144,7 +144,7 @@ def test_bad_sounds_fail_or_are_skipped_by_name(tmp_path):
     assert sum(data.sizes().values()) == 46
 
 
-@pytest.mark.skipif(not ARCHIVE.exists(), reason="the spoken digits are not at hand")
+@pytest.mark.skipif(not ARCHIVE.exists(), reason="needs ../shared/data/fsdd-wav.tar.xz")
 def test_spoken_digits_have_their_official_split(tmp_path):
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import needs
 import pytest
 import torch
 
@@ -13,10 +14,6 @@ import resfast
 from resfast import native
 from resfast.backends import available, names, select
 from resfast.ops import NormParams, bn_act
-
-needs_native = pytest.mark.skipif(
-    not native.is_available(), reason=f"no native library: {native.load_error()}"
-)
 
 
 def _norm(c):
@@ -30,7 +27,7 @@ def _choices(f):
     return [(c.function, c.backend) for c in seen]
 
 
-@needs_native
+@needs.native_library
 def test_the_native_backend_comes_first():
     z = torch.randn(2, 3, 4, 4)
     assert _choices(lambda: bn_act(z, _norm(3))) == [("norm_stats", "cpu"), ("norm_apply", "cpu")]
@@ -59,7 +56,7 @@ def test_unknown_backend():
         pass
 
 
-@needs_native
+@needs.native_library
 def test_a_forced_backend_never_falls_back():
     z = torch.randn(2, 3, 4, 4, device="meta")
     with resfast.backend("cpu"), pytest.raises(RuntimeError, match="forced but does not run"):
@@ -73,7 +70,7 @@ def test_available_names_every_backend():
     assert all(ok or reason for _, ok, reason in rows)
 
 
-@needs_native
+@needs.native_library
 def test_available_on_a_device_leaves_out_backends_that_decline_its_tensors():
     assert ("cpu", True, "") in available("cpu")
     reasons = {name: reason for name, ok, reason in available("meta") if not ok}
@@ -181,7 +178,7 @@ def test_block_results_survive_the_next_call():
             assert torch.equal(t, before)
 
 
-@needs_native
+@needs.native_library
 @pytest.mark.parametrize(
     ("dtype", "functions"),
     [(torch.float32, {"conv_fprop"}), (torch.bfloat16, {"conv_fprop", "norm_apply"})],

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import needs
 import pytest
 
-from resfast import native
 from resfast.benchmark import report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,7 +17,7 @@ RESULTS = ROOT / "bench" / "results" / "cpu-amd-epyc-2-cores"
 BASELINE = RESULTS / "baseline.json"
 SUITE = "bench/test_memory.py::test_saved[resnet18-resfast]"
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason=str(native.load_error()))
+pytestmark = needs.native_library
 
 
 def _run(tmp_path: Path, *options: str) -> tuple[int, str, dict]:

@@ -14,19 +14,19 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import needs
 import pytest
 import torch
 
 from resfast import native
 
 ROOT = Path(__file__).resolve().parent.parent
-built = pytest.mark.skipif(not native.is_available(), reason=f"native: {native.load_error()}")
 
 
 # ---- the library
 
 
-@built
+@needs.native_library
 def test_build_info():
     info = native.build_info()
     import resfast
@@ -52,7 +52,7 @@ def lines_of(*command: str) -> list[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-@built
+@needs.native_library
 def test_only_stable_symbols_of_torch_are_used():
     undefined = [line.split()[-1] for line in lines_of("nm", "-D", "--undefined-only", library())]
     of_torch = [name for name in undefined if re.match(r"(aoti_)?torch_", name)]
@@ -63,7 +63,7 @@ def test_only_stable_symbols_of_torch_are_used():
     assert foreign == []
 
 
-@built
+@needs.native_library
 def test_links_against_libtorch_cpu_only_and_without_a_path():
     dynamic = lines_of("readelf", "-d", "-W", library())
     needed = {re.search(r"\[(.*)\]", line).group(1) for line in dynamic if "(NEEDED)" in line}
@@ -73,23 +73,16 @@ def test_links_against_libtorch_cpu_only_and_without_a_path():
     assert not any("RPATH" in line or "RUNPATH" in line for line in dynamic)
 
 
-def cuda_library() -> str:
-    path = Path(native.__file__).with_name("_C_cuda.so")
-    if not path.exists():
-        pytest.skip(f"no CUDA library: {native.cuda_library()['reason']}")
-    return str(path)
-
-
-@built
+@needs.cuda_library
 def test_cuda_library_asks_nothing_of_cuda_builds_of_torch():
-    dynamic = lines_of("readelf", "-d", "-W", cuda_library())
+    dynamic = lines_of("readelf", "-d", "-W", needs.CUDA_LIBRARY)
     needed = {re.search(r"\[(.*)\]", line).group(1) for line in dynamic if "(NEEDED)" in line}
     allowed = r"libtorch_cpu|libstdc\+\+|libgcc_s|libc|libm|libdl|librt|libpthread|ld-linux"
     assert [name for name in needed if not re.match(rf"({allowed})[.-]", name)] == []
     assert not any("RPATH" in line or "RUNPATH" in line for line in dynamic)
     in_cpu = {line.split()[-1] for line in lines_of("nm", "-D", "--defined-only", libtorch_cpu())}
     undefined = [
-        line.split()[-1] for line in lines_of("nm", "-D", "--undefined-only", cuda_library())
+        line.split()[-1] for line in lines_of("nm", "-D", "--undefined-only", needs.CUDA_LIBRARY)
     ]
     of_torch = {name for name in undefined if re.match(r"(aoti_)?torch_", name)}
     assert of_torch
@@ -100,7 +93,7 @@ def libtorch_cpu() -> str:
     return str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
 
 
-@built
+@needs.native_library
 def test_nothing_but_the_module_is_exported():
     exported = [line.split()[-1] for line in lines_of("nm", "-D", "--defined-only", library())]
     assert "PyInit__C" in exported
@@ -155,7 +148,7 @@ print(json.dumps([native.is_available(), native.load_error(), native.build_info(
     assert error in warned[0]
 
 
-@built
+@needs.native_library
 def test_unknown_instruction_set_in_the_environment_is_an_error():
     code = "import resfast._C as c; print(c.build_info()['isas']); c.cpu_isa()"
     done = run_python("import torch; " + code, RESFAST_CPU_ISA="altivec")

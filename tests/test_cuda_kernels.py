@@ -6,9 +6,10 @@ address sanitizer stands for guard regions around every buffer (tests/cuda_on_cp
 
 from __future__ import annotations
 
+import needs
 import pytest
 import torch
-from cuda_on_cpu.emulator import Emulator, compile_program
+from cuda_on_cpu.emulator import Emulator, compile_program, missing_compiler
 from torch import Tensor
 
 import resfast
@@ -27,11 +28,12 @@ from resfast.testing import (
     max_pool_case,
 )
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# without a device only the ops' schemas are needed, which the native library has
 pytestmark = [
     pytest.mark.cuda,
-    pytest.mark.skipif(not native.is_available(), reason=f"native: {native.load_error()}"),
+    needs.cuda_library if DEVICE == "cuda" else needs.native_library,
 ]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EAGER = EagerBackend()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 U = 2.0**-24
@@ -48,15 +50,14 @@ SHAPES = [
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
     if DEVICE == "cuda":
-        if not native.cuda_library()["built"]:
-            pytest.skip(native.cuda_library()["reason"])
-        native.cuda_library()
+        library = native.cuda_library()
+        assert library["built"], library["reason"]
         yield torch.ops.resfast
         return
-    try:
-        emulator = Emulator(compile_program(tmp_path_factory.mktemp("cuda_on_cpu")))
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    missing = missing_compiler()
+    if missing:
+        pytest.skip(missing)
+    emulator = Emulator(compile_program(tmp_path_factory.mktemp("cuda_on_cpu")))
     yield emulator
     emulator.close()
 
@@ -155,7 +156,7 @@ def test_statistics_of_a_constant_channel_are_exact(kernels, magnitude):
     assert (m2 == 0).all()
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the op does that, and runs on a GPU only")
+@pytest.mark.skipif(DEVICE == "cpu", reason="launches nothing: the op fills zeros, on a GPU only")
 def test_statistics_of_nothing(kernels):
     mean, m2 = stats(kernels, randn((0, 3, 4, 4)))
     assert (mean == 0).all()
@@ -447,7 +448,7 @@ def test_backward_in_one_read(kernels, shape, source):
 # ---- how the work is shared out
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="arithmetic of the host")
+@pytest.mark.skipif(DEVICE == "cuda", reason="only the emulator shows its tilings")
 @pytest.mark.parametrize("c", [1, 3, 8, 64, 2048, 2049])
 @pytest.mark.parametrize("m", [1, 300, 802816, 2**33 + 1])
 def test_tilings_cover_the_activation_within_the_chips_limits(kernels, m, c):

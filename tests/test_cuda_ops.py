@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 
+import needs
 import pytest
 import torch
 
@@ -18,9 +19,6 @@ from resfast.backends import select
 from resfast.backends.interface import nhwc
 from resfast.diagnostics import ptxas
 
-built = pytest.mark.skipif(
-    not native.cuda_library()["built"], reason=f"{native.cuda_library().get('reason')}"
-)
 ops = torch.ops.resfast
 SHAPE = (2, 8, 3, 5)
 
@@ -65,7 +63,7 @@ def assert_rejected(op: str, arguments: dict[str, object], match: str) -> None:
         assert torch.equal(arguments[name], t), f"{name} was written"
 
 
-@built
+@needs.cuda_library
 @pytest.mark.parametrize("op", native.CUDA_RAW_OPS)
 def test_good_arguments_are_only_on_the_wrong_device(op):
     assert_rejected(op, good_arguments(op), r"\b(z|var|scale) must be a CUDA tensor")
@@ -84,7 +82,7 @@ TENSORS = [
 ]
 
 
-@built
+@needs.cuda_library
 @pytest.mark.parametrize(("op", "name"), TENSORS)
 def test_bad_tensor_is_rejected_before_any_write(op, name):
     good = good_arguments(op)[name]
@@ -124,7 +122,7 @@ def test_bad_tensor_is_rejected_before_any_write(op, name):
         assert_rejected(op, good_arguments(op) | {name: value}, match + "(?!be a CUDA)")
 
 
-@built
+@needs.cuda_library
 @pytest.mark.parametrize(
     ("op", "changes", "match"),
     [
@@ -146,7 +144,7 @@ def test_bad_combination_is_rejected(op, changes, match):
     assert_rejected(op, good_arguments(op) | changes, match)
 
 
-@built
+@needs.cuda_library
 def test_a_mask_needs_whole_bytes_and_aligned_memory():
     six = {
         k: v[:, :6] if v is not None and not isinstance(v, (bool, float)) and v.dim() == 4 else v
@@ -163,7 +161,7 @@ def test_a_mask_needs_whole_bytes_and_aligned_memory():
     assert_rejected("cuda_norm_apply", arguments, "mask needs activations that start at")
 
 
-@built
+@needs.cuda_library
 @pytest.mark.parametrize("op", ["cuda_norm_forward", "cuda_norm_backward"])
 def test_reading_once_has_a_limit(op):
     for shape, pixels in (((1, 8, 25, 41), 1025), ((0, 8, 3, 5), 0)):
@@ -175,7 +173,7 @@ def test_reading_once_has_a_limit(op):
     assert cuda_backend.HELD_PIXELS == 1024
 
 
-@built
+@needs.cuda_library
 @pytest.mark.parametrize(
     ("op", "output", "other"),
     [
@@ -205,7 +203,7 @@ def test_overlapping_memory_is_rejected(op, output, other):
 # ---- the library and the backend
 
 
-@built
+@needs.cuda_library
 def test_the_library_loads_without_a_driver():
     """In a process that sees no device; only asking for one fails, with CUDA's reason."""
     code = (

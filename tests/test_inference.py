@@ -7,14 +7,15 @@ import io
 import threading
 import warnings
 
+import needs
 import pytest
 import torch
 from torch import Tensor, nn
 
 import resfast
-from resfast import BasicBlock, native
+from resfast import BasicBlock
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason=str(native.load_error()))
+pytestmark = needs.native_library
 MODELS = ["resnet18", "resnet50", "resnext50_32x4d", "preact_resnet18", "simple_resnet"]
 
 

@@ -14,8 +14,8 @@ from resfast.nn import BasicBlock, Bottleneck, PreActBlock, unfused
 from resfast.ops import conv_bn_act
 from resfast.testing import FLOOR_ULPS, SINGLE_FACTOR
 
-onnx = pytest.importorskip("onnx", reason="onnx is in the bench extra")
-onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is in the bench extra")
+onnx = pytest.importorskip("onnx", reason="onnx is in the dev extra")
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is in the dev extra")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BUILDS = {

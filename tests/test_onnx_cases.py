@@ -18,7 +18,7 @@ from torch import Tensor
 
 from resfast.ops import ConvParams, NormParams, bn_act, conv_bn_act
 
-onnx = pytest.importorskip("onnx", reason="onnx is in the bench extra")
+onnx = pytest.importorskip("onnx", reason="onnx is in the dev extra")
 pytestmark = pytest.mark.usefixtures("one_thread")
 NODES = ("Conv", "BatchNormalization")
 NO_EPS = 2.0**-100  # an identity norm's: stock refuses 0

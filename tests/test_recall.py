@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 
+import needs
 import pytest
 import torch
 
-from resfast import clear_caches, native
+from resfast import clear_caches
 from resfast.backends import packed
 from resfast.ops import ConvParams, NormParams, conv_bn_act
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason=str(native.load_error()))
+pytestmark = needs.native_library
 ops = torch.ops.resfast
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
+import needs
 import pytest
 import torch
 import torch.nn.functional as F
 
-from resfast import native
 from resfast.backends import backend
 from resfast.backends.interface import ConvGeometry, NormVectors, nhwc
 from resfast.backends.packed import packed_convolution
@@ -21,7 +21,7 @@ from resfast.backends.winograd import (
 )
 from resfast.testing import FLOOR_ULPS, SINGLE_FACTOR
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason=str(native.load_error()))
+pytestmark = needs.native_library
 ops = torch.ops.resfast
 PLAIN = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
 

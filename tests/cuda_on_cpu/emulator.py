@@ -21,15 +21,23 @@ OPS = native.CUDA_RAW_OPS
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def compile_program(folder: Path) -> Path:
-    """The program that runs kernels; raises RuntimeError where it cannot be built here."""
-    compiler = os.environ.get("CXX", "g++")
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def missing_compiler() -> str | None:
+    """Why no program with sanitizers can be built on this machine, or None."""
+    compiler = _compiler()
     if shutil.which(compiler) is None:
-        raise RuntimeError(f"no C++ compiler {compiler!r}")
-    program = folder / "norm_program"
-    probe = [compiler, "-x", "c++", "-", *SANITIZERS, "-o", str(program)]
-    if subprocess.run(probe, input=b"int main() {}", capture_output=True, check=False).returncode:
-        raise RuntimeError(f"{compiler} has no address sanitizer here")
+        return f"no C++ compiler {compiler!r}"
+    probe = [compiler, "-x", "c++", "-", *SANITIZERS, "-o", os.devnull]
+    done = subprocess.run(probe, input="int main() {}", capture_output=True, text=True)
+    return f"{compiler} has no sanitizers here: {done.stderr[-300:]}" if done.returncode else None
+
+
+def compile_program(folder: Path) -> Path:
+    """The program that runs kernels; AssertionError if it does not build."""
+    compiler, program = _compiler(), folder / "norm_program"
     command = [compiler, "-std=c++17", "-O1", "-g1", "-fno-strict-aliasing", *SANITIZERS]
     command += [f"-I{HERE}", f"-I{HERE.parent.parent / 'csrc'}", str(HERE / "norm_program.cpp")]
     done = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
