@@ -520,3 +520,10 @@ def test_backend_in_half_precision(forced, dtype):
 
 def test_blocks_in_a_row_are_one_op(forced):
     assert select.chains(torch.zeros(1, 1, 1, 1, device=DEVICE))
+
+
+def test_explain_says_that_the_max_pool_is_the_librarys(forced):
+    model = resfast.ResNet(resfast.BasicBlock, [1, 1, 1, 1], num_classes=2).to(DEVICE)
+    explanation = resfast.explain(model, randn((2, 3, 32, 32)))
+    assert "PyTorch's max-pool" in explanation.declined["cuda max-pool"]
+    assert "cuda max-pool" in str(explanation)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from resfast import native
-from resfast.backends.eager import EagerBackend
 from resfast.backends.interface import (
     Affine,
     Backend,
@@ -15,17 +14,18 @@ from resfast.backends.interface import (
     empty_nhwc,
     nhwc,
 )
+from resfast.backends.library_pool import max_pool, unpool
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # pixels that one block holds on chip, kHeldPixels in csrc/cuda/tiling.h
 HELD_PIXELS = 1024
 _native = torch.ops.resfast
-_eager = EagerBackend()
 
 
 class CudaBackend(Backend):
     name = "cuda"
     joins = True
+    pool_reason = "it has no kernel: the norm's, then PyTorch's max-pool"
 
     def unavailable_reason(self) -> str | None:
         library = native.cuda_library()
@@ -227,12 +227,14 @@ class CudaBackend(Backend):
         )
         return dz, sum_du, sum_du_xhat
 
-    # ---- the stem's max-pool has no kernels of its own
+    # ---- the stem's max-pool: the library's, beside the norm's kernels
 
     def norm_apply_max_pool(
         self, z: Tensor, affine: Affine, kernel: int, stride: int, padding: int
     ) -> tuple[Tensor, Tensor]:
-        return _eager.norm_apply_max_pool(z, affine, kernel, stride, padding)
+        a = self.norm_apply(z, affine, None, None, True, False)
+        y, index = max_pool(a, kernel, stride, padding)
+        return nhwc(y), nhwc(index)
 
     def norm_max_pool_backward_reduce(
         self,
@@ -245,9 +247,8 @@ class CudaBackend(Backend):
         stride: int,
         padding: int,
     ) -> tuple[Tensor, Tensor]:
-        return _eager.norm_max_pool_backward_reduce(
-            dy, z, affine, rstd, index, kernel, stride, padding
-        )
+        da = unpool(dy, z, index, kernel, stride, padding).to(z.dtype)
+        return self.norm_backward_reduce(da, z, affine, rstd, None, True, None)
 
     def norm_max_pool_backward_apply(
         self,
@@ -261,9 +262,10 @@ class CudaBackend(Backend):
         coef_z: Tensor | None,
         coef_1: Tensor | None,
     ) -> Tensor:
-        return _eager.norm_max_pool_backward_apply(
-            dy, z, affine, index, kernel, stride, padding, coef_z, coef_1
-        )
+        da = unpool(dy, z, index, kernel, stride, padding).to(z.dtype)
+        dz = empty_nhwc(z.shape, z)
+        self.norm_backward_apply(da, z, affine, None, True, coef_z, coef_1, dz, None)
+        return dz
 
 
 def _vector(v: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resfast.backends.interface import Affine, Backend, acc_dtype, nhwc, pack_mask
+from resfast.backends.library_pool import max_pool, unpool
 
 
 def _channel(v: Tensor) -> Tensor:
@@ -105,12 +106,8 @@ class EagerBackend(Backend):
         self, z: Tensor, affine: Affine, kernel: int, stride: int, padding: int
     ) -> tuple[Tensor, Tensor]:
         a = F.relu(_normalise(z, affine))
-        y, flat = F.max_pool2d(a, kernel, stride, padding, return_indices=True)
-        # torch counts positions in the whole plane; one byte within the window is enough
-        p = torch.arange(y.shape[2], device=z.device).view(-1, 1) * stride - padding
-        q = torch.arange(y.shape[3], device=z.device) * stride - padding
-        index = (flat // z.shape[3] - p) * kernel + flat % z.shape[3] - q
-        return nhwc(y.to(z.dtype)), nhwc(index.to(torch.uint8))
+        y, index = max_pool(a, kernel, stride, padding)
+        return nhwc(y.to(z.dtype)), nhwc(index)
 
     def norm_max_pool_backward_reduce(
         self,
@@ -123,7 +120,7 @@ class EagerBackend(Backend):
         stride: int,
         padding: int,
     ) -> tuple[Tensor, Tensor]:
-        da = _unpool(dy, z, index, kernel, stride, padding)
+        da = unpool(dy, z, index, kernel, stride, padding)
         return self.norm_backward_reduce(da, z, affine, rstd, None, True, None)
 
     def norm_max_pool_backward_apply(
@@ -138,7 +135,7 @@ class EagerBackend(Backend):
         coef_z: Tensor | None,
         coef_1: Tensor | None,
     ) -> Tensor:
-        da = _unpool(dy, z, index, kernel, stride, padding)
+        da = unpool(dy, z, index, kernel, stride, padding)
         du = _masked(da, z, affine, None, True)
         return _norm_gradient(du, z, affine, coef_z, coef_1)
 
@@ -152,16 +149,3 @@ def _norm_gradient(
     if coef_1 is not None:
         dz = dz + _channel(coef_1)
     return nhwc(dz.to(z.dtype))
-
-
-def _unpool(dy: Tensor, z: Tensor, index: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
-    """dy added up at the window positions ``index`` names, in the accumulation dtype."""
-    n, c, h, w = z.shape
-    index = index.long()
-    p = torch.arange(dy.shape[2], device=z.device).view(-1, 1) * stride - padding
-    q = torch.arange(dy.shape[3], device=z.device) * stride - padding
-    flat = (index // kernel + p) * w + index % kernel + q
-    acc = acc_dtype(dy.dtype)
-    da = torch.zeros(n, c, h * w, dtype=acc, device=z.device)
-    da.scatter_add_(2, flat.flatten(2), dy.to(acc).flatten(2))
-    return da.view(n, c, h, w)

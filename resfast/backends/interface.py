@@ -147,6 +147,8 @@ class Backend:
     name: str
     # whether a block's end runs as norm_join_reduce and norm_join_apply
     joins = False
+    # why norm, ReLU and max-pool are not one kernel, of a backend that has kernels
+    pool_reason: str | None = None
 
     def unavailable_reason(self) -> str | None:
         """Why this backend cannot run on this machine at all, or None."""

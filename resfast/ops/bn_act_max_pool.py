@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resfast.backends.interface import empty_nhwc, nhwc
-from resfast.backends.select import select
+from resfast.backends.interface import Backend, empty_nhwc, nhwc
+from resfast.backends.select import find, report
 from resfast.ops import norm as N
 from resfast.ops import reference
 from resfast.ops.checks import check_activation, check_norm, check_residual, check_strict
@@ -53,9 +53,17 @@ def pooled(z: Tensor, window: Sequence[int]) -> tuple[int, int, int, int]:
     return n, c, p, q
 
 
+def _select(function: str, z: Tensor) -> Backend:
+    backend, declined = find(function, z)
+    if backend.pool_reason is not None:
+        declined[f"{backend.name} max-pool"] = backend.pool_reason
+    report(function, backend, z, declined)
+    return backend
+
+
 def apply_pool(z: Tensor, norm: N.Norm, window: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(maxpool(relu(norm(z))), its positions); window: kernel size, stride and padding."""
-    return select("norm_apply", z).norm_apply_max_pool(z, norm.affine, *window)
+    return _select("norm_apply", z).norm_apply_max_pool(z, norm.affine, *window)
 
 
 def pool_backward(
@@ -67,12 +75,12 @@ def pool_backward(
         RuntimeError: dy is not of the pooled output's shape, dtype and device.
     """
     check_residual(dy, z.new_empty(1).expand(pooled(z, window)), "dy")
-    sum_du, sum_du_xhat = select("norm_backward_reduce", z).norm_max_pool_backward_reduce(
+    sum_du, sum_du_xhat = _select("norm_backward_reduce", z).norm_max_pool_backward_reduce(
         dy, z, norm.affine, norm.rstd, index, *window
     )
     coef_z, coef_1 = N.coefficients(norm, sum_du, sum_du_xhat, N.count(z), training)
     kernel_size, stride, padding = window
-    dz = select("norm_backward_apply", z).norm_max_pool_backward_apply(
+    dz = _select("norm_backward_apply", z).norm_max_pool_backward_apply(
         dy, z, norm.affine, index, kernel_size, stride, padding, coef_z, coef_1
     )
     return N.NormGradients(dz, sum_du_xhat, sum_du)
