@@ -8,7 +8,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from resfast.backends.eager import EagerBackend, _unpool
+from resfast.backends.eager import EagerBackend
+from resfast.backends.library_pool import unpool
 from resfast.backends.interface import Affine, nhwc
 from resfast.kernels import norm, norm_pool
 from resfast.kernels.tiles import NormTile
@@ -134,7 +135,7 @@ def test_backward(window, coefficients, monkeypatch):
 
         one = torch.ones(c, dtype=torch.float64, device=DEVICE)
         # |du| with every window's share taken in absolute value: what roundings are relative to
-        absolute = _unpool(dy.double().abs(), z, index, *window)
+        absolute = unpool(dy.double().abs(), z, index, *window)
         centred = z.double() - channel(affine.mean)
         for tile in (SMALL, None) if c == 65 else (SMALL,):
             tiles = norm_pool.norm_max_pool_backward_reduce(
