@@ -9,8 +9,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from resfast.backends.eager import EagerBackend
-from resfast.backends.library_pool import unpool
 from resfast.backends.interface import Affine, nhwc
+from resfast.backends.library_pool import unpool
 from resfast.kernels import norm, norm_pool
 from resfast.kernels.tiles import NormTile
 
