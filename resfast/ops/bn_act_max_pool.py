@@ -13,11 +13,11 @@ from torch import Tensor
 
 from resfast.backends.interface import Backend, empty_nhwc, nhwc
 from resfast.backends.select import find, report
+from resfast.ops import gradients, reference
 from resfast.ops import norm as N
-from resfast.ops import reference
 from resfast.ops.checks import check_activation, check_norm, check_residual, check_strict
 from resfast.ops.params import NormParams
-from resfast.ops.registry import FusedOp, absent, double_backward, present
+from resfast.ops.registry import FusedOp, double_backward, present
 from resfast.ops.running_stats import update_running_stats
 
 
@@ -146,21 +146,13 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     norm = N.prepare(N.Statistics(mean, var), gamma, beta, eps)
     g = pool_backward(dy, z, norm, index, (kernel_size, stride, padding), training)
-    return (
-        g.dz,
-        absent(z) if gamma is None else g.dgamma.to(gamma.dtype),
-        absent(z) if beta is None else g.dbeta.to(beta.dtype),
-    )
+    return g.dz, *gradients.of_norm(g, gamma, beta)
 
 
 def _backward_fake(
     dy, z, index, mean, var, gamma, beta, kernel_size, stride, padding, training, eps
 ):
-    return (
-        empty_nhwc(z.shape, z),
-        absent(z) if gamma is None else torch.empty_like(gamma),
-        absent(z) if beta is None else torch.empty_like(beta),
-    )
+    return empty_nhwc(z.shape, z), *gradients.fake_of_norm(z, gamma, beta)
 
 
 _backward_op = FusedOp(
@@ -186,8 +178,8 @@ def _backward(ctx, dy, _dindex, _dmean, _dvar):
     if dy is None:
         return (None,) * 10
     need = ctx.needs_input_grad
-    gradients = _backward_op(dy, *ctx.saved_tensors, *ctx.options)
-    return *(present(g, n) for g, n in zip(gradients, need[:3], strict=True)), *(None,) * 7
+    grads = _backward_op(dy, *ctx.saved_tensors, *ctx.options)
+    return *(present(g, n) for g, n in zip(grads, need[:3], strict=True)), *(None,) * 7
 
 
 _op.autograd(_setup_context, _backward)

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from resfast.backends.interface import empty_nhwc, nhwc
+from resfast.ops import gradients, reference
 from resfast.ops import norm as N
-from resfast.ops import reference
 from resfast.ops.bn_act import recomputed_mask
 from resfast.ops.checks import check_activation, check_norm, check_residual, check_strict
 from resfast.ops.params import NormParams
-from resfast.ops.registry import FusedOp, absent, double_backward, present
+from resfast.ops.registry import FusedOp, double_backward, present
 from resfast.ops.running_stats import update_running_stats
 
 
@@ -80,29 +80,17 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_residual(dy, z, "dy")
     norm = N.prepare(N.Statistics(mean, var), gamma, beta, eps)
-    dr = empty_nhwc(z.shape, z) if need_residual else None
-    if dr is not None and add_after_act:
-        dr.copy_(dy)  # the same values, but an op's output may not alias its input
-    du = None if add_after_act else dr
+    dr, du = gradients.of_residual(dy, z, need_residual, add_after_act)
     ranks = N.Ranks(group, total)
     g = N.backward(dy, z, norm, y=y, relu=relu, training=True, du=du, ranks=ranks)
-    return (
-        g.dz,
-        absent(z) if gamma is None else g.dgamma.to(gamma.dtype),
-        absent(z) if beta is None else g.dbeta.to(beta.dtype),
-        absent(z) if dr is None else dr,
-    )
+    return g.dz, *gradients.of_norm(g, gamma, beta), dr
 
 
 def _backward_fake(
     dy, z, y, mean, var, total, gamma, beta, eps, relu, need_residual, add_after_act, group
 ):
-    return (
-        empty_nhwc(z.shape, z),
-        absent(z) if gamma is None else torch.empty_like(gamma),
-        absent(z) if beta is None else torch.empty_like(beta),
-        empty_nhwc(z.shape, z) if need_residual else absent(z),
-    )
+    dr = gradients.fake_of_residual(z, need_residual)
+    return empty_nhwc(z.shape, z), *gradients.fake_of_norm(z, gamma, beta), dr
 
 
 _backward_op = FusedOp(

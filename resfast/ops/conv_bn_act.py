@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from resfast.backends.interface import ConvGeometry, NormVectors, empty_nhwc
 from resfast.backends.select import select
 from resfast.ops import convolution as C
+from resfast.ops import gradients, reference
 from resfast.ops import norm as N
-from resfast.ops import reference
 from resfast.ops.bn_act import recomputed_mask
 from resfast.ops.checks import check_activation, check_norm, check_residual, check_strict
 from resfast.ops.params import ConvParams, NormParams
@@ -19,7 +21,8 @@ from resfast.ops.running_stats import update_running_stats
 GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 
 
-def _geometry(stride, padding, dilation, groups) -> ConvGeometry:
+def geometry_of(stride, padding, dilation, groups) -> ConvGeometry:
+    """From the lists an op's kernel and fake receive."""
     return ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
@@ -51,7 +54,7 @@ def _kernel(
     add_after_act: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_activation(x)
-    g = _geometry(stride, padding, dilation, groups)
+    g = geometry_of(stride, padding, dilation, groups)
     z, stats = C.fprop(C.Activation(x), weight, conv_bias, g, training)
     check_norm(z, gamma, beta, running_mean, running_var, training, eps)
     check_residual(residual, z)
@@ -90,7 +93,7 @@ def _fake(
     add_after_act,
 ):
     check_activation(x)
-    z = fake_conv(x, weight, conv_bias, _geometry(stride, padding, dilation, groups))
+    z = fake_conv(x, weight, conv_bias, geometry_of(stride, padding, dilation, groups))
     check_norm(z, gamma, beta, running_mean, running_var, training, eps)
     check_residual(residual, z)
     return torch.empty_like(z), z, *N.fake_statistics(z)
@@ -134,19 +137,12 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_residual(dy, z, "dy")
     need_x, need_weight, need_bias, need_residual = need
-    geometry = _geometry(stride, padding, dilation, groups)
+    geometry = geometry_of(stride, padding, dilation, groups)
     norm = N.prepare(N.Statistics(mean, var), gamma, beta, eps)
-    dr = empty_nhwc(z.shape, z) if need_residual else None
-    if dr is not None and add_after_act:
-        dr.copy_(dy)  # the same values, but an op's output may not alias its input
-    du = None if add_after_act else dr
+    dr, du = gradients.of_residual(dy, z, need_residual, add_after_act)
     g = N.backward(dy, z, norm, y=y, relu=relu, training=training, du=du)
-    nothing = absent(z)
-    dx = dw = db = nothing
-    if need_x:
-        dx = C.dgrad(g.dz, x, weight, geometry).dx
-    if need_weight:
-        dw = C.wgrad(g.dz, C.Activation(x), weight, geometry)
+    dx, dw = gradients.of_conv(g.dz, x, weight, geometry, need_x, need_weight)
+    db = absent(z)
     if need_bias and conv_bias is not None:
         # batch statistics subtract the bias again: its gradient is exactly zero
         db = (
@@ -154,14 +150,7 @@ def _backward_kernel(
             if training
             else (g.dbeta * norm.affine.scale).to(conv_bias.dtype)
         )
-    return (
-        dx,
-        dw,
-        db,
-        nothing if gamma is None else g.dgamma.to(gamma.dtype),
-        nothing if beta is None else g.dbeta.to(beta.dtype),
-        nothing if dr is None else dr,
-    )
+    return dx, dw, db, *gradients.of_norm(g, gamma, beta), dr
 
 
 def _backward_fake(
@@ -187,12 +176,10 @@ def _backward_fake(
 ):
     need_x, need_weight, need_bias, need_residual = need
     return (
-        empty_nhwc(x.shape, x) if need_x else absent(z),
-        torch.empty_like(weight) if need_weight else absent(z),
+        *gradients.fake_of_conv(z, x, weight, need_x, need_weight),
         torch.empty_like(conv_bias) if need_bias else absent(z),
-        absent(z) if gamma is None else torch.empty_like(gamma),
-        absent(z) if beta is None else torch.empty_like(beta),
-        empty_nhwc(z.shape, z) if need_residual else absent(z),
+        *gradients.fake_of_norm(z, gamma, beta),
+        gradients.fake_of_residual(z, need_residual),
     )
 
 
@@ -220,26 +207,23 @@ def _setup_context(ctx, inputs, output):
     ctx.options = options
 
 
+def needed(ctx) -> tuple[list[bool], Callable[[Sequence[Tensor]], tuple[Tensor | None, ...]]]:
+    """``need`` of the backward op, and what puts its outputs in the order of the op's 16 inputs."""
+    n = ctx.needs_input_grad
+
+    def as_inputs(grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        *first, dr = grads
+        head = (present(g, needs) for g, needs in zip(first, n[:5], strict=True))
+        return *head, None, None, present(dr, n[7]), *(None,) * 8
+
+    return [n[0], n[1], n[2], n[7]], as_inputs
+
+
 def _backward(ctx, dy, _dz, _dmean, _dvar):
     if dy is None:
         return (None,) * 16
-    x, weight, conv_bias, z, y, mean, var, gamma, beta = ctx.saved_tensors
-    n = ctx.needs_input_grad
-    need = [n[0], n[1], n[2], n[7]]
-    dx, dw, db, dgamma, dbeta, dr = _backward_op(
-        dy, x, weight, conv_bias, z, y, mean, var, gamma, beta, *ctx.options, need
-    )
-    return (
-        present(dx, n[0]),
-        present(dw, n[1]),
-        present(db, n[2]),
-        present(dgamma, n[3]),
-        present(dbeta, n[4]),
-        None,
-        None,
-        present(dr, n[7]),
-        *(None,) * 8,
-    )
+    need, as_inputs = needed(ctx)
+    return as_inputs(_backward_op(dy, *ctx.saved_tensors, *ctx.options, need))
 
 
 _op.autograd(_setup_context, _backward)
@@ -249,7 +233,7 @@ def _backward_setup_context(ctx, inputs, output):
     *tensors, stride, padding, dilation, groups, training, eps, relu, add_after_act, need = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
-    ctx.geometry = _geometry(stride, padding, dilation, groups)
+    ctx.geometry = geometry_of(stride, padding, dilation, groups)
     ctx.options = (training, eps, relu, add_after_act, need)
 
 
@@ -303,7 +287,7 @@ def _inference_kernel(
     relu: bool,
     add_after_act: bool,
 ) -> Tensor:
-    g = _geometry(stride, padding, dilation, groups)
+    g = geometry_of(stride, padding, dilation, groups)
     check_activation(x)
     norm = NormVectors(gamma, beta, running_mean, running_var, eps)
     backend = select("conv_fprop", x)
@@ -344,7 +328,7 @@ def _inference_fake(
     add_after_act,
 ):
     check_activation(x)
-    z = fake_conv(x, weight, conv_bias, _geometry(stride, padding, dilation, groups))
+    z = fake_conv(x, weight, conv_bias, geometry_of(stride, padding, dilation, groups))
     check_norm(z, gamma, beta, running_mean, running_var, False, eps)
     check_residual(residual, z)
     return z

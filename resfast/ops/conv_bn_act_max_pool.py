@@ -8,21 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resfast.backends.interface import ConvGeometry, empty_nhwc
+from resfast.backends.interface import empty_nhwc
 from resfast.ops import convolution as C
+from resfast.ops import gradients, reference
 from resfast.ops import norm as N
-from resfast.ops import reference
 from resfast.ops.bn_act_max_pool import apply_pool, check_pool, pool_backward, pooled
 from resfast.ops.checks import check_activation, check_strict
-from resfast.ops.conv_bn_act import GEOMETRY, fake_conv
+from resfast.ops.conv_bn_act import GEOMETRY, fake_conv, geometry_of
 from resfast.ops.params import ConvParams, NormParams
-from resfast.ops.registry import FusedOp, absent, double_backward, present
+from resfast.ops.registry import FusedOp, double_backward, present
 from resfast.ops.running_stats import update_running_stats
-
-
-def _geometry(stride, padding, dilation, groups) -> ConvGeometry:
-    return ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-
 
 # ---- training form
 
@@ -43,7 +38,7 @@ def _kernel(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_activation(x)
-    g = _geometry(stride, padding, dilation, groups)
+    g = geometry_of(stride, padding, dilation, groups)
     z, stats = C.fprop(C.Activation(x), weight, None, g, training)
     check_pool(z, (gamma, beta, running_mean, running_var), window, training, eps)
     if stats is None:
@@ -68,7 +63,7 @@ def _fake(
     eps,
 ):
     check_activation(x)
-    z = fake_conv(x, weight, None, _geometry(stride, padding, dilation, groups))
+    z = fake_conv(x, weight, None, geometry_of(stride, padding, dilation, groups))
     check_pool(z, (gamma, beta, running_mean, running_var), window, training, eps)
     y = empty_nhwc(pooled(z, window), z)
     return y, z, torch.empty_like(y, dtype=torch.uint8), *N.fake_statistics(z)
@@ -108,17 +103,10 @@ def _backward_kernel(
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     norm = N.prepare(N.Statistics(mean, var), gamma, beta, eps)
-    gradients = pool_backward(dy, z, norm, index, window, training)
-    g = _geometry(stride, padding, dilation, groups)
-    need_x, need_weight = need
-    dx = C.dgrad(gradients.dz, x, weight, g).dx if need_x else absent(z)
-    dw = C.wgrad(gradients.dz, C.Activation(x), weight, g) if need_weight else absent(z)
-    return (
-        dx,
-        dw,
-        absent(z) if gamma is None else gradients.dgamma.to(gamma.dtype),
-        absent(z) if beta is None else gradients.dbeta.to(beta.dtype),
-    )
+    g = pool_backward(dy, z, norm, index, window, training)
+    geometry = geometry_of(stride, padding, dilation, groups)
+    dx, dw = gradients.of_conv(g.dz, x, weight, geometry, *need)
+    return dx, dw, *gradients.of_norm(g, gamma, beta)
 
 
 def _backward_fake(
@@ -140,13 +128,8 @@ def _backward_fake(
     eps,
     need,
 ):
-    need_x, need_weight = need
-    return (
-        empty_nhwc(x.shape, x) if need_x else absent(z),
-        torch.empty_like(weight) if need_weight else absent(z),
-        absent(z) if gamma is None else torch.empty_like(gamma),
-        absent(z) if beta is None else torch.empty_like(beta),
-    )
+    dx, dw = gradients.fake_of_conv(z, x, weight, *need)
+    return dx, dw, *gradients.fake_of_norm(z, gamma, beta)
 
 
 _backward_op = FusedOp(
@@ -172,8 +155,8 @@ def _backward(ctx, dy, _dz, _dindex, _dmean, _dvar):
     if dy is None:
         return (None,) * 13
     need = ctx.needs_input_grad
-    gradients = _backward_op(dy, *ctx.saved_tensors, *ctx.options, [need[0], need[1]])
-    return *(present(g, n) for g, n in zip(gradients, need[:4], strict=True)), *(None,) * 9
+    grads = _backward_op(dy, *ctx.saved_tensors, *ctx.options, [need[0], need[1]])
+    return *(present(g, n) for g, n in zip(grads, need[:4], strict=True)), *(None,) * 9
 
 
 _op.autograd(_setup_context, _backward)
@@ -183,7 +166,7 @@ def _backward_setup_context(ctx, inputs, output):
     *tensors, stride, padding, dilation, groups, window, training, eps, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
-    ctx.geometry = _geometry(stride, padding, dilation, groups)
+    ctx.geometry = geometry_of(stride, padding, dilation, groups)
     ctx.options = (window, training, eps)
 
 

@@ -5,21 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resfast.backends.interface import ConvGeometry, empty_nhwc
 from resfast.ops import convolution as C
+from resfast.ops import gradients, reference
 from resfast.ops import norm as N
-from resfast.ops import reference
 from resfast.ops.bn_act import recomputed_mask
 from resfast.ops.bn_act_synchronised import fake_total
 from resfast.ops.checks import check_activation, check_norm, check_residual, check_strict
-from resfast.ops.conv_bn_act import GEOMETRY, fake_conv
+from resfast.ops.conv_bn_act import GEOMETRY, fake_conv, geometry_of, needed
 from resfast.ops.params import ConvParams, NormParams
-from resfast.ops.registry import FusedOp, absent, double_backward, present
+from resfast.ops.registry import FusedOp, absent, double_backward
 from resfast.ops.running_stats import update_running_stats
-
-
-def _geometry(stride, padding, dilation, groups) -> ConvGeometry:
-    return ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def _kernel(
@@ -41,7 +36,7 @@ def _kernel(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_activation(x)
-    g = _geometry(stride, padding, dilation, groups)
+    g = geometry_of(stride, padding, dilation, groups)
     z, local = C.fprop(C.Activation(x), weight, conv_bias, g, True, exact=True)
     check_norm(z, gamma, beta, running_mean, running_var, True, eps, synchronised=True)
     check_residual(residual, z)
@@ -69,7 +64,7 @@ def _fake(
     group,
 ):
     check_activation(x)
-    z = fake_conv(x, weight, conv_bias, _geometry(stride, padding, dilation, groups))
+    z = fake_conv(x, weight, conv_bias, geometry_of(stride, padding, dilation, groups))
     check_norm(z, gamma, beta, running_mean, running_var, True, eps, synchronised=True)
     check_residual(residual, z)
     return torch.empty_like(z), z, *N.fake_statistics(z), fake_total(z)
@@ -114,23 +109,17 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_residual(dy, z, "dy")
     need_x, need_weight, need_bias, need_residual = need
-    geometry = _geometry(stride, padding, dilation, groups)
+    geometry = geometry_of(stride, padding, dilation, groups)
     norm = N.prepare(N.Statistics(mean, var), gamma, beta, eps)
-    dr = empty_nhwc(z.shape, z) if need_residual else None
-    if dr is not None and add_after_act:
-        dr.copy_(dy)  # the same values, but an op's output may not alias its input
-    du = None if add_after_act else dr
+    dr, du = gradients.of_residual(dy, z, need_residual, add_after_act)
     ranks = N.Ranks(group, total)
     g = N.backward(dy, z, norm, y=y, relu=relu, training=True, du=du, ranks=ranks)
-    nothing = absent(z)
     return (
-        C.dgrad(g.dz, x, weight, geometry).dx if need_x else nothing,
-        C.wgrad(g.dz, C.Activation(x), weight, geometry) if need_weight else nothing,
+        *gradients.of_conv(g.dz, x, weight, geometry, need_x, need_weight),
         # batch statistics subtract the bias again: its gradient is exactly zero
-        nothing if conv_bias is None or not need_bias else torch.zeros_like(conv_bias),
-        nothing if gamma is None else g.dgamma.to(gamma.dtype),
-        nothing if beta is None else g.dbeta.to(beta.dtype),
-        nothing if dr is None else dr,
+        absent(z) if conv_bias is None or not need_bias else torch.zeros_like(conv_bias),
+        *gradients.of_norm(g, gamma, beta),
+        dr,
     )
 
 
@@ -158,12 +147,10 @@ def _backward_fake(
 ):
     need_x, need_weight, need_bias, need_residual = need
     return (
-        empty_nhwc(x.shape, x) if need_x else absent(z),
-        torch.empty_like(weight) if need_weight else absent(z),
+        *gradients.fake_of_conv(z, x, weight, need_x, need_weight),
         torch.empty_like(conv_bias) if need_bias else absent(z),
-        absent(z) if gamma is None else torch.empty_like(gamma),
-        absent(z) if beta is None else torch.empty_like(beta),
-        empty_nhwc(z.shape, z) if need_residual else absent(z),
+        *gradients.fake_of_norm(z, gamma, beta),
+        gradients.fake_of_residual(z, need_residual),
     )
 
 
@@ -195,22 +182,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, *_):
     if dy is None:
         return (None,) * 16
-    n = ctx.needs_input_grad
-    need = [n[0], n[1], n[2], n[7]]
-    dx, dw, db, dgamma, dbeta, dr = _backward_op(
-        dy, *ctx.saved_tensors, *ctx.options, need, ctx.group
-    )
-    return (
-        present(dx, n[0]),
-        present(dw, n[1]),
-        present(db, n[2]),
-        present(dgamma, n[3]),
-        present(dbeta, n[4]),
-        None,
-        None,
-        present(dr, n[7]),
-        *(None,) * 8,
-    )
+    need, as_inputs = needed(ctx)
+    return as_inputs(_backward_op(dy, *ctx.saved_tensors, *ctx.options, need, ctx.group))
 
 
 _op.autograd(_setup_context, _backward)
@@ -220,7 +193,7 @@ def _backward_setup_context(ctx, inputs, output):
     *tensors, stride, padding, dilation, groups, eps, relu, add_after_act, need, group = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
-    ctx.geometry = _geometry(stride, padding, dilation, groups)
+    ctx.geometry = geometry_of(stride, padding, dilation, groups)
     ctx.options = (eps, relu, add_after_act, need, group)
 
 
