@@ -129,9 +129,22 @@ inline void check_channel_vector(const OptionalTensor& t, const char* name,
   if (t) check_channel_vector(*t, name, activation);
 }
 
+// Of z's norm: (z − mean)·scale + beta. Where y serves for the mask, beta need not be given.
+inline void check_affine(const Tensor& mean, const Tensor& scale, const OptionalTensor& beta,
+                         const Tensor& z) {
+  check_channel_vector(mean, "mean", z);
+  check_channel_vector(scale, "scale", z);
+  check_channel_vector(beta, "beta", z);
+}
+
 // A residual's own affine is given whole, and with a residual.
-inline void check_affine_of_residual(const OptionalTensor& residual, const OptionalTensor& mean,
-                                     const OptionalTensor& scale, const OptionalTensor& beta) {
+inline void check_residual(const OptionalTensor& residual, const OptionalTensor& mean,
+                           const OptionalTensor& scale, const OptionalTensor& beta,
+                           const Tensor& z) {
+  check_activation_like(residual, "residual", z, "z");
+  check_channel_vector(mean, "residual_mean", z);
+  check_channel_vector(scale, "residual_scale", z);
+  check_channel_vector(beta, "residual_beta", z);
   STD_TORCH_CHECK(mean.has_value() == scale.has_value() && mean.has_value() == beta.has_value(),
                   "residual_mean, residual_scale and residual_beta must be given together, got ",
                   int{mean.has_value()} + scale.has_value() + beta.has_value(), " of 3");

@@ -26,14 +26,7 @@ import resfast
 from resfast import accelerate, restore
 from resfast.nn import BasicBlock, set_fused, unfused
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors are small: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- hand-written models

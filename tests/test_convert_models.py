@@ -23,14 +23,7 @@ from torch import nn
 import resfast
 from resfast import accelerate
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors are small: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- named models: the block classes of torchvision and timm, a block a stage

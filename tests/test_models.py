@@ -29,6 +29,8 @@ import resfast.models as models
 from resfast.models import PreActResNet, ResNet, SimpleResNet, create_model, list_models
 from resfast.nn import BasicBlock, Bottleneck, PreActBlock, PreActBottleneck, unfused
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = [
     "resnet18",
     "resnet34",
@@ -41,15 +43,6 @@ NAMES = [
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors are small: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

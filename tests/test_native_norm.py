@@ -20,6 +20,8 @@ if not native.is_available():
 
 import resfast._C as _C
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ops = torch.ops.resfast
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -58,15 +60,6 @@ def isa(request):
     _C.set_cpu_isa(request.param)
     yield request.param
     _C.set_cpu_isa(None)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: two threads would only wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def acc(dtype: torch.dtype) -> torch.dtype:

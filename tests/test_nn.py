@@ -33,16 +33,9 @@ from resfast.nn import (
 )
 from resfast.nn.blocks import projection
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RTOL = 1e-10
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors are small: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

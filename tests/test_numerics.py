@@ -9,6 +9,7 @@ import torch
 
 import resfast
 from resfast import native
+from resfast.backends.eager import EagerBackend
 from resfast.diagnostics import numerics
 from resfast.diagnostics.environment import device_info
 from resfast.ops import ConvParams, NormParams, bn_act, conv_bn_act
@@ -79,6 +80,24 @@ def test_check_judges_on_the_device_it_is_given(monkeypatch, tmp_path):
     assert record["date"]
     assert record["versions"]["torch"] == torch.__version__
     assert len(record["rows"]) % len(rows) == 0
+
+
+def test_check_lists_a_dtype_that_a_backend_declines(monkeypatch, tmp_path, capsys):
+    def declines(self, function, z):
+        return "no such dtype here" if z.dtype == torch.float64 else None
+
+    monkeypatch.setattr(EagerBackend, "declines", declines)
+    monkeypatch.setattr(
+        numerics, "judge_seeds", lambda *a, **k: [Verdict("y", 0.0, 0.0, 1.0, 0.0, 1.0)]
+    )
+    report = tmp_path / "check.json"
+    dtypes = ["float32", "float64"]
+    assert numerics.main(quick=True, dtypes=dtypes, out=report, device="meta") == 0
+    record = json.loads(report.read_text())
+    declined = {"backend": "eager", "dtype": "float64", "reason": "no such dtype here"}
+    assert record["declined"] == [declined]
+    assert {row["dtype"] for row in record["rows"]} == {"float32"}
+    assert "declined: no such dtype here" in capsys.readouterr().out
 
 
 def test_the_criterion_notices_an_error_of_one_channel():

@@ -17,16 +17,10 @@ from resfast.training.data import load_dataset
 from resfast.training.loop import Stopped, Trainer, TrainStep, learning_rate
 from resfast.training.mix import Mix
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _net() -> nn.Module:

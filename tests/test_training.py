@@ -22,16 +22,10 @@ from resfast.training.data import Augment, SeededSampler, load_dataset, stratifi
 from resfast.training.loop import Stopped, StopSignals, Trainer, TrainStep, learning_rate
 from resfast.training.report import Recorder, binomial_interval
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny_net(classes: int = 10, channels: int = 1) -> nn.Module:

@@ -218,14 +218,8 @@ void norm_apply(const Tensor& z, const Tensor& mean, const Tensor& scale, const 
                 const OptionalTensor& residual_scale, const OptionalTensor& residual_beta,
                 bool relu, bool add_after_act, const Tensor& out) {
   check_activation(z, "z");
-  check_channel_vector(mean, "mean", z);
-  check_channel_vector(scale, "scale", z);
-  check_channel_vector(beta, "beta", z);
-  check_activation_like(residual, "residual", z, "z");
-  check_channel_vector(residual_mean, "residual_mean", z);
-  check_channel_vector(residual_scale, "residual_scale", z);
-  check_channel_vector(residual_beta, "residual_beta", z);
-  check_affine_of_residual(residual, residual_mean, residual_scale, residual_beta);
+  check_affine(mean, scale, beta, z);
+  check_residual(residual, residual_mean, residual_scale, residual_beta, z);
   check_activation_like(out, "out", z, "z");
   check_memory({{"out", out}}, {{"z", z},
                                 {"residual", residual},
@@ -354,9 +348,7 @@ void norm_backward_apply(const Tensor& dy, const Tensor& z, const Tensor& mean, 
                          const Tensor& dz, const OptionalTensor& du) {
   check_activation(z, "z");
   check_activation_like(dy, "dy", z, "z");
-  check_channel_vector(mean, "mean", z);
-  check_channel_vector(scale, "scale", z);
-  check_channel_vector(beta, "beta", z);
+  check_affine(mean, scale, beta, z);
   check_activation_like(y, "y", z, "z");
   check_channel_vector(coef_z, "coef_z", z);
   check_channel_vector(coef_1, "coef_1", z);

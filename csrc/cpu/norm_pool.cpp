@@ -89,9 +89,7 @@ void norm_apply_max_pool(const Tensor& z, const Tensor& mean, const Tensor& scal
                          const Tensor& beta, int64_t kernel, int64_t stride, int64_t padding,
                          const Tensor& out, const OptionalTensor& index) {
   check_activation(z, "z");
-  check_channel_vector(mean, "mean", z);
-  check_channel_vector(scale, "scale", z);
-  check_channel_vector(beta, "beta", z);
+  check_affine(mean, scale, beta, z);
   const PoolShape p = check_pool(z, kernel, stride, padding);
   check_pooled(out, "out", z.scalar_type(), z, p);
   if (index) check_pooled(*index, "index", ScalarType::Byte, z, p);
@@ -190,9 +188,7 @@ void norm_max_pool_backward_apply(const Tensor& dy, const Tensor& z, const Tenso
                                   const OptionalTensor& coef_z, const OptionalTensor& coef_1,
                                   const Tensor& dz) {
   check_activation(z, "z");
-  check_channel_vector(mean, "mean", z);
-  check_channel_vector(scale, "scale", z);
-  check_channel_vector(beta, "beta", z);
+  check_affine(mean, scale, beta, z);
   const PoolShape p = check_pool(z, kernel, stride, padding);
   check_pooled(dy, "dy", z.scalar_type(), z, p);
   check_pooled(index, "index", ScalarType::Byte, z, p);

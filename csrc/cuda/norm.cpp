@@ -225,14 +225,8 @@ void norm_apply(const Tensor& z, const Tensor& mean, const Tensor& scale, const 
                 const OptionalTensor& residual_scale, const OptionalTensor& residual_beta,
                 bool relu, bool add_after_act, const Tensor& out, const OptionalTensor& mask) {
   check_form(z);
-  check_channel_vector(mean, "mean", z);
-  check_channel_vector(scale, "scale", z);
-  check_channel_vector(beta, "beta", z);
-  check_activation_like(residual, "residual", z, "z");
-  check_channel_vector(residual_mean, "residual_mean", z);
-  check_channel_vector(residual_scale, "residual_scale", z);
-  check_channel_vector(residual_beta, "residual_beta", z);
-  check_affine_of_residual(residual, residual_mean, residual_scale, residual_beta);
+  check_affine(mean, scale, beta, z);
+  check_residual(residual, residual_mean, residual_scale, residual_beta, z);
   check_activation_like(out, "out", z, "z");
   const bool aligned = is_aligned({{"z", z}, {"residual", residual}, {"out", out}});
   check_mask(mask, z, aligned);
@@ -265,9 +259,7 @@ void norm_backward_reduce(const Tensor& dy, const OptionalTensor& dy2, const Ten
   check_form(z);
   check_activation_like(dy, "dy", z, "z");
   check_activation_like(dy2, "dy2", z, "z");
-  check_channel_vector(mean, "mean", z);
-  check_channel_vector(scale, "scale", z);
-  check_channel_vector(beta, "beta", z);
+  check_affine(mean, scale, beta, z);
   check_activation_like(y, "y", z, "z");
   check_activation_like(z2, "z2", z, "z");
   check_channel_vector(mean2, "mean2", z);
@@ -327,9 +319,7 @@ void norm_backward_apply(const Tensor& dy, const Tensor& z, const Tensor& mean, 
                          const OptionalTensor& dz2) {
   check_form(z);
   check_activation_like(dy, "dy", z, "z");
-  check_channel_vector(mean, "mean", z);
-  check_channel_vector(scale, "scale", z);
-  check_channel_vector(beta, "beta", z);
+  check_affine(mean, scale, beta, z);
   check_activation_like(y, "y", z, "z");
   check_channel_vector(coef_z, "coef_z", z);
   check_channel_vector(coef_1, "coef_1", z);
@@ -416,9 +406,7 @@ void norm_backward(const Tensor& dy, const OptionalTensor& dy2, const Tensor& z,
   check_form(z);
   check_activation_like(dy, "dy", z, "z");
   check_activation_like(dy2, "dy2", z, "z");
-  check_channel_vector(mean, "mean", z);
-  check_channel_vector(scale, "scale", z);
-  check_channel_vector(beta, "beta", z);
+  check_affine(mean, scale, beta, z);
   check_channel_vector(rstd, "rstd", z);
   check_activation_like(y, "y", z, "z");
   check_activation_like(dz, "dz", z, "z");

@@ -44,16 +44,20 @@ def names() -> tuple[str, ...]:
     return tuple(_BACKENDS)
 
 
-def available(device: torch.device | str | None = None) -> list[tuple[str, bool, str]]:
+def available(
+    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> list[tuple[str, bool, str]]:
     """(name, usable on this machine, why not) for each backend in order of preference.
 
-    With a device: usable for float32 tensors there.
+    With a device: usable for tensors of ``dtype`` there.
     """
     rows = []
     for name, candidate in _BACKENDS.items():
         reason = candidate.unavailable_reason()
         if reason is None and device is not None:
-            reason = candidate.declines("norm_stats", torch.empty(1, 1, 1, 1, device=device))
+            reason = candidate.declines(
+                "norm_stats", torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
+            )
         rows.append((name, reason is None, reason or ""))
     return rows
 

@@ -32,6 +32,14 @@ class Row(NamedTuple):
     failed: tuple[Verdict, ...]
 
 
+class Declined(NamedTuple):
+    """A dtype that a backend of this device does not take, so that nothing was compared."""
+
+    backend: str
+    dtype: str
+    reason: str
+
+
 def _row(case: OpCase, name: str, dtype: str, layout: str, seeds: int, device: str) -> Row:
     with backend(name):
         verdicts = judge_seeds(case, DTYPES[dtype], seeds, device, layouts=(layout,))
@@ -45,13 +53,18 @@ def run(
     dtypes: Sequence[str] = tuple(DTYPES),
     backends: Sequence[str] = (),
     device: str = "cpu",
-) -> Iterator[Row]:
+) -> Iterator[Row | Declined]:
     """Judge each op by the criterion of resfast.testing on every backend that runs on ``device``.
 
+    A backend that does not take a dtype there gives one ``Declined`` instead of rows.
     ``quick`` takes 8 inputs a case instead of 8 (fp32, fp64) or 32 (16-bit), and training only.
     """
     for name in backends or [n for n, ok, _ in available(device) if ok]:
         for dtype in dtypes:
+            ok, reason = {n: (ok, why) for n, ok, why in available(device, DTYPES[dtype])}[name]
+            if not ok:
+                yield Declined(name, dtype, reason)
+                continue
             seeds = 32 if DTYPES[dtype] in HALF_DTYPES and not quick else 8
             for training in (True,) if quick else (True, False):
                 for case in op_cases(training):
@@ -66,12 +79,17 @@ def main(
     device: str = "cpu",
 ) -> int:
     """Print the table as it is measured; write it to ``out`` as JSON. 1 if anything failed."""
-    rows = []
+    rows: list[Row] = []
+    declined: list[Declined] = []
     print(
         f"{'op':38}{'backend':9}{'dtype':10}{'layout':8}{'worst of':14}"
         f"{'error':>10}{'stock':>10}{'of limit':>10}"
     )
     for row in run(quick=quick, dtypes=dtypes or tuple(DTYPES), device=device):
+        if isinstance(row, Declined):
+            declined.append(row)
+            print(f"{'-':38}{row.backend:9}{row.dtype:10}declined: {row.reason}", flush=True)
+            continue
         rows.append(row)
         v = row.worst
         print(
@@ -92,6 +110,7 @@ def main(
             "rows": [
                 {**r._asdict(), "worst": r.worst._asdict(), "failed": len(r.failed)} for r in rows
             ],
+            "declined": [d._asdict() for d in declined],
         }
         Path(out).write_text(json.dumps(record, indent=1))
     return 1 if failed else 0
