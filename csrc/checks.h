@@ -53,6 +53,12 @@ inline void check_cpu(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu(), name, " must be a CPU tensor");
 }
 
+inline void check_float(const Tensor& t, const char* name) {
+  check_cpu(t, name);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32, got ",
+                  torch::headeronly::toString(t.scalar_type()));
+}
+
 inline void check_nhwc(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(is_dense_nhwc(t), name, " must be dense channels_last memory, got shape ",
                   shape_of(t), " with strides ", strides_of(t));

@@ -26,7 +26,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
       "norm_max_pool_backward_apply(Tensor dy, Tensor z, Tensor mean, Tensor scale, Tensor beta, "
       "Tensor index, int kernel, int stride, int padding, Tensor? coef_z, Tensor? coef_1, "
       "Tensor(a!) dz) -> ()");
-  m.def("winograd_columns() -> int");
+  m.def("panel_columns() -> int");
+  m.def("pointwise_weight(Tensor weight, Tensor? scale, bool transposed, Tensor(a!) packed) -> ()");
+  m.def(
+      "pointwise_conv(Tensor x, Tensor packed, Tensor? shift, Tensor? residual, bool relu, "
+      "int stride_h, int stride_w, Tensor(a!) out) -> ()");
+  m.def(
+      "pointwise_wgrad(Tensor x, Tensor dz, int stride_h, int stride_w, Tensor(a!) dweight) -> ()");
   m.def("winograd_weight(Tensor weight, bool transposed, int tile, Tensor(a!) packed) -> ()");
   m.def(
       "winograd_conv(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, Tensor? residual, "

@@ -1,18 +1,19 @@
 """optimize_for_inference(model): the same outputs with no module, check or lookup between layers.
 
 The first call with an input of a new size traces the model to a flat graph, prepares every
-convolution for its size (weights folded and packed, or transformed for Winograd) and compiles the
-graph to one Python function. Later calls run that function.
+convolution for its size (weights folded and packed, or transformed for Winograd), plans the memory
+of the activations and compiles the graph to one Python function. Later calls run that function.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 import threading
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,14 +24,22 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from resfast.backends.interface import ConvGeometry, NormVectors
 from resfast.backends.packed import (
     PackedConvolution,
+    own_kernel,
     packing_declines,
     prepare_convolution,
 )
+from resfast.backends.packed_pool import (
+    Window,
+    images_at_a_time,
+    native_window,
+    prepare_pooled_convolution,
+)
 from resfast.backends.select import select
+from resfast.inference_memory import OVERWRITES, PREPARED, Memory, plan_memory
 
 MAX_PLANS = 8
-_PREPARED = "resfast prepared convolution"
 Plan = Callable[[Tensor], Any]
+_Convolution = tuple[Tensor, Tensor, Tensor | None, ConvGeometry, NormVectors]
 
 
 class OptimizedModel(nn.Module):
@@ -198,7 +207,29 @@ class _CudaGraph:
             return tree_map_only(Tensor, Tensor.clone, self.y)
 
 
-def _plan(model: nn.Module, x: Tensor) -> fx.GraphModule | nn.Module:
+class _Planned:
+    """A compiled graph whose inner activations live in planned memory.
+
+    Each call at a time has memory of its own, which the next call takes over.
+    """
+
+    def __init__(self, graph: fx.GraphModule, memory: Memory) -> None:
+        self.graph = graph
+        self.memory = memory
+        self.idle: list[list[Tensor]] = []
+
+    def __call__(self, x: Tensor) -> Any:
+        try:
+            tensors = self.idle.pop()
+        except IndexError:
+            tensors = self.memory.allocate(x)
+        try:
+            return self.graph(x, tensors)
+        finally:
+            self.idle.append(tensors)
+
+
+def _plan(model: nn.Module, x: Tensor) -> Plan:
     try:
         graph = make_fx(model)(x)
     except Exception as error:
@@ -210,6 +241,7 @@ def _plan(model: nn.Module, x: Tensor) -> fx.GraphModule | nn.Module:
             stacklevel=8,
         )
         return model
+    graph.graph.eliminate_dead_code()
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.resfast.conv_bn_act_inference.default:
             _prepare(graph, node)
@@ -217,8 +249,22 @@ def _plan(model: nn.Module, x: Tensor) -> fx.GraphModule | nn.Module:
             node.replace_all_uses_with(node.args[0])
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
+    memory = _use_planned_memory(graph)
     graph.recompile()
-    return graph
+    return _Planned(graph, memory)
+
+
+def _use_planned_memory(graph: fx.GraphModule) -> Memory:
+    """Adds the plan's second argument, and hands each prepared convolution its tensor."""
+    memory, positions = plan_memory(graph.graph)
+    last_input = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    with graph.graph.inserting_after(last_input):
+        tensors = graph.graph.placeholder("memory")
+    for node, position in positions.items():
+        with graph.graph.inserting_before(node):
+            out = graph.graph.call_function(operator.getitem, (tensors, position))
+        node.args = (*node.args, out)
+    return memory
 
 
 def _value(graph: fx.GraphModule, argument: Any) -> Any:
@@ -244,12 +290,52 @@ def _prepare(graph: fx.GraphModule, node: fx.Node) -> None:
     ):
         return
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    run = prepare_convolution(x, weight, bias, geometry, NormVectors(gamma, beta, mean, var, eps))
-    arguments = (node.args[0], node.args[7], relu, _is_last_use(node, node.args[7]))
+    norm = NormVectors(gamma, beta, mean, var, eps)
+    if (pool := _pool_behind(node)) is not None and relu and residual is None:
+        _prepare_pooled(graph, node, *pool, (x, weight, bias, geometry, norm))
+        return
+    run = prepare_convolution(x, weight, bias, geometry, norm)
+    overwrite = _is_last_use(node, node.args[7])
+    arguments = (node.args[0], node.args[7], relu, overwrite)
     with graph.graph.inserting_before(node):
         call = graph.graph.call_function(_named(run, node.name), arguments)
-    call.meta = {**node.meta, _PREPARED: True}  # its consumers ask for its shape
+    # its consumers ask for its shape
+    call.meta = {**node.meta, PREPARED: own_kernel(x, weight, geometry) is not None}
+    if overwrite:
+        call.meta[OVERWRITES] = True
     node.replace_all_uses_with(call)
+    graph.graph.erase_node(node)
+
+
+def _pool_behind(node: fx.Node) -> tuple[fx.Node, Window] | None:
+    """The max-pool that alone reads this large convolution, if its maxima alone are read."""
+    pool = next(iter(node.users)) if len(node.users) == 1 else None
+    if pool is None or pool.target is not torch.ops.aten.max_pool2d_with_indices.default:
+        return None
+    if len(node.meta["val"]) <= images_at_a_time(node.meta["val"]):
+        return None
+    if not all(u.target is operator.getitem and u.args[1] == 0 for u in pool.users):
+        return None
+    window = native_window(*cast(Any, pool.args[1:]))
+    return None if window is None else (pool, window)
+
+
+def _prepare_pooled(
+    graph: fx.GraphModule, node: fx.Node, pool: fx.Node, window: Window, convolution: _Convolution
+) -> None:
+    """``_prepare`` of a convolution and the max-pool behind it together."""
+    pooled = pool.meta["val"][0]
+    run = prepare_pooled_convolution(
+        *convolution, conv_shape=node.meta["val"].shape, pooled_shape=pooled.shape, window=window
+    )
+    with graph.graph.inserting_before(pool):
+        arguments = (node.args[0], None, True, False)
+        call = graph.graph.call_function(_named(run, f"{node.name}_max_pool"), arguments)
+    call.meta = {**pool.meta, "val": pooled, PREPARED: True}
+    for maxima in list(pool.users):
+        maxima.replace_all_uses_with(call)
+        graph.graph.erase_node(maxima)
+    graph.graph.erase_node(pool)
     graph.graph.erase_node(node)
 
 
@@ -257,11 +343,11 @@ def _is_last_use(node: fx.Node, residual: Any) -> bool:
     """The residual is a prepared convolution's output, read by no other kind of call (which might
     keep a view of it), and by nothing from here on.
     """
-    if not isinstance(residual, fx.Node) or not residual.meta.get(_PREPARED):
+    if not isinstance(residual, fx.Node) or PREPARED not in residual.meta:
         return False
     others = [user for user in residual.users if user is not node]
     return residual is not node.args[0] and all(
-        user.meta.get(_PREPARED) and user < node for user in others
+        PREPARED in user.meta and user < node for user in others
     )
 
 

@@ -8,6 +8,7 @@ import needs
 import pytest
 import torch
 import torch.nn.functional as F
+from convolutions import assert_close, assert_criterion
 
 from resfast.backends import backend
 from resfast.backends.interface import ConvGeometry, NormVectors, nhwc
@@ -19,7 +20,6 @@ from resfast.backends.winograd import (
     winograd_weight,
     winograd_wgrad,
 )
-from resfast.testing import FLOOR_ULPS, SINGLE_FACTOR
 
 pytestmark = needs.native_library
 ops = torch.ops.resfast
@@ -50,41 +50,15 @@ def _backward_weight(dz, x):
     return torch.nn.grad.conv2d_weight(x, shape, dz, padding=1)
 
 
-def _stock(compute, *tensors):
-    """Stock's own paths: NHWC and NCHW, with oneDNN and without."""
-    for on in (True, False):
-        with torch.backends.mkldnn.flags(enabled=on):
-            yield compute(*tensors)
-            yield compute(*(t.contiguous() for t in tensors))
-
-
-def _rms(t):
-    return t.double().square().mean().sqrt().item()
-
-
-def _assert_criterion(result, compute, *tensors):
-    exact = compute(*(t.double() for t in tensors))
-    stock = max(_rms(y - exact) for y in _stock(compute, *tensors))
-    limit = max(SINGLE_FACTOR * stock, FLOOR_ULPS * 2**-24 * _rms(exact))
-    assert _rms(result - exact) <= limit
-    if result.shape[2:] == (3, 3):
-        return
-    # and channel by channel, where a few thousand values stand for each
-    per_channel = (result - exact).square().mean((0, 2, 3)).sqrt() / exact.square().mean(
-        (0, 2, 3)
-    ).sqrt()
-    assert per_channel.max() <= 2 * limit / _rms(exact)
-
-
 @pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize("c", [16, 64, 128, 256, 512])
 def test_error_against_float64_is_that_of_stock(tile, c):
     """The design's float32 criterion, at every channel count of a ResNet, forward and backward."""
     x, weight, dz = _problem(8, c, 14, 14, 64)
     forward = winograd_fprop(x, weight, tile)
-    _assert_criterion(forward, lambda a, w: F.conv2d(a, w, padding=1), x, weight)
+    assert_criterion(forward, lambda a, w: F.conv2d(a, w, padding=1), x, weight)
     x, weight, dz = _problem(8, 64, 14, 14, c)
-    _assert_criterion(winograd_dgrad(dz, weight, tile), _backward_x, dz, weight)
+    assert_criterion(winograd_dgrad(dz, weight, tile), _backward_x, dz, weight)
 
 
 @pytest.mark.parametrize("tile", [2, 4])
@@ -94,7 +68,7 @@ def test_error_against_float64_is_that_of_stock(tile, c):
 def test_error_of_the_weights_gradient_is_that_of_stock(tile, n, c, side):
     """Over a ResNet's stages, from thousands of tiles of few channels to the reverse."""
     x, weight, dz = _problem(n, c, side, side, 64)
-    _assert_criterion(winograd_wgrad(dz, x, weight, tile), _backward_weight, dz, x)
+    assert_criterion(winograd_wgrad(dz, x, weight, tile), _backward_weight, dz, x)
 
 
 @pytest.mark.parametrize("tile", [2, 4])
@@ -112,19 +86,13 @@ def test_error_of_the_weights_gradient_is_that_of_stock(tile, n, c, side):
 )
 def test_every_shape_and_instruction_set(tile, shape, isa):
     x, weight, dz = _problem(*shape)
-    _assert_close(winograd_fprop(x, weight, tile), F.conv2d(x.double(), weight.double(), padding=1))
-    _assert_close(winograd_dgrad(dz, weight, tile), _backward_x(dz.double(), weight.double()))
+    assert_close(winograd_fprop(x, weight, tile), F.conv2d(x.double(), weight.double(), padding=1))
+    assert_close(winograd_dgrad(dz, weight, tile), _backward_x(dz.double(), weight.double()))
     dweight = winograd_wgrad(dz, x, weight, tile)
-    _assert_close(dweight, _backward_weight(dz.double(), x.double()))
+    assert_close(dweight, _backward_weight(dz.double(), x.double()))
     nchw = weight.contiguous()
     assert torch.equal(winograd_wgrad(dz, x, nchw, tile), dweight)
     assert torch.equal(winograd_fprop(x, nchw, tile), winograd_fprop(x, weight, tile))
-
-
-def _assert_close(result, exact):
-    assert result.shape == exact.shape
-    assert _rms(result - exact) <= 2e-6 * _rms(exact)
-    assert (result - exact).abs().max() <= 2e-5 * _rms(exact)
 
 
 @pytest.mark.parametrize("tile", [2, 4])
@@ -133,10 +101,10 @@ def test_blocks_of_tiles_join_seamlessly(tile):
     for c, side, n in ((16, 40, 6), (512, 10, 3)):
         x, weight, _ = _problem(n, c, side, side, c)
         exact = F.conv2d(x.double(), weight.double(), padding=1)
-        _assert_close(winograd_fprop(x, weight, tile), exact)
+        assert_close(winograd_fprop(x, weight, tile), exact)
     x, weight, dz = _problem(8, 256, 24, 24, 16)  # several blocks of the weight's gradient
     exact = _backward_weight(dz.double(), x.double())
-    _assert_close(winograd_wgrad(dz, x, weight, tile), exact)
+    assert_close(winograd_wgrad(dz, x, weight, tile), exact)
 
 
 @pytest.mark.parametrize("c", [32, 256])
@@ -237,7 +205,7 @@ def test_output_must_not_be_the_input():
     ],
 )
 def test_bad_weights_raise(weight, tile, words):
-    packed = torch.zeros(36, 1, 16, ops.winograd_columns())
+    packed = torch.zeros(36, 1, 16, ops.panel_columns())
     with pytest.raises(RuntimeError, match=words):
         ops.winograd_weight(weight, False, tile, packed)
 

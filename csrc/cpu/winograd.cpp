@@ -43,13 +43,7 @@ void check_tile(int64_t tile) {
   STD_TORCH_CHECK(tile == 2 || tile == 4, "tile must be 2 or 4, got ", tile);
 }
 
-void check_float(const Tensor& t, const char* name) {
-  check_cpu(t, name);
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32, got ",
-                  torch::headeronly::toString(t.scalar_type()));
-}
-
-int64_t winograd_columns() {
+int64_t panel_columns() {
   return winograd_kernels().columns;
 }
 
@@ -357,5 +351,5 @@ STABLE_TORCH_LIBRARY_IMPL(resfast, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfast, CompositeExplicitAutograd, m) {
-  m.impl("winograd_columns", TORCH_BOX(&resfast::winograd_columns));
+  m.impl("panel_columns", TORCH_BOX(&resfast::panel_columns));
 }

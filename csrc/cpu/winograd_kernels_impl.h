@@ -2,6 +2,7 @@
 // lanes everywhere, so that each transform is the same few operations on vectors.
 #pragma once
 
+#include "cpu/product.h"
 #include "cpu/vec.h"
 #include "cpu/winograd_kernels.h"
 #include "cpu/winograd_points.h"
@@ -9,20 +10,9 @@
 namespace resfast {
 namespace {
 
-constexpr int kWinogradLanes = kVectorBytes / 4;
-#if defined(__AVX512F__)
-constexpr int kPanelVectors = 4;  // 6×4 accumulators, 4 vectors of U and 1 of V: 29 of 32 registers
-#else
-constexpr int kPanelVectors = 2;  // 6×2 accumulators, 2 and 1: 15 of 16
-#endif
-constexpr int kPanelRows = 6;
 // Sums over this many channels are added up apart: rounding errors grow with the longest chain.
 RESFAST_INLINE int64_t chain_channels(int64_t channels) {
   return channels <= 64 ? 16 : 32;
-}
-
-RESFAST_INLINE FloatVec splat(float x) {
-  return FloatVec{} + x;
 }
 
 // ---- the transforms of one line, in place of registers
@@ -111,7 +101,7 @@ struct TilePlace {
   }
 };
 
-alignas(kVectorBytes) constexpr float kZeros[kWinogradLanes] = {};
+alignas(kVectorBytes) constexpr float kZeros[kProductLanes] = {};
 
 // G: the 3 taps `f` at the points, in float64 so that the filters are rounded once.
 template <int kTile>
@@ -145,8 +135,8 @@ typedef float FloatHalfVec __attribute__((vector_size(kVectorBytes / 2)));
 template <int kTile>
 void winograd_weight(const WinogradWeight& t) {
   constexpr int kSide = kTile + 2;
-  constexpr int kColumns = kPanelVectors * kWinogradLanes;
-  constexpr int kDoubles = kWinogradLanes / 2;
+  constexpr int kColumns = kPanelColumns;
+  constexpr int kDoubles = kProductLanes / 2;
   constexpr int64_t kBlock = 8;
   // Channels are next to each other in memory and columns far apart, or the reverse: read along
   // the former, then work along the latter.
@@ -219,7 +209,7 @@ RESFAST_INLINE void tiles_to_points(const WinogradInput& t, const Transform& tra
       }
     }
     float* v = t.v + (tile - t.begin) * t.channels;
-    for (int64_t c = 0; c < t.channels; c += kWinogradLanes) {
+    for (int64_t c = 0; c < t.channels; c += kProductLanes) {
       FloatVec columns[kLine][kSide];  // by column, then point
 #pragma GCC unroll 8
       for (int j = 0; j < kLine; ++j) {
@@ -256,91 +246,34 @@ void winograd_gradient(const WinogradInput& t) {
   });
 }
 
-template <int kRows, int kVectors>
-RESFAST_INLINE void product_block(const float* v, int64_t v_stride, const float* u,
-                                  int64_t channels, float* m, int64_t m_stride, bool add) {
-  FloatVec sum[kRows][kVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) sum[r][j] = FloatVec{};
-  }
-  for (int64_t c = 0; c < channels; ++c) {
-    FloatVec columns[kVectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) {
-      columns[j] = load_raw<FloatVec>(u + c * kPanelVectors * kWinogradLanes + j * kWinogradLanes);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const FloatVec value = splat(v[r * v_stride + c]);
-#pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) sum[r][j] += value * columns[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) {
-      float* to = m + r * m_stride + j * kWinogradLanes;
-      store_raw(to, add ? load_raw<FloatVec>(to) + sum[r][j] : sum[r][j]);
-    }
-  }
-}
-
 template <int kVectors>
 void product_rows(const WinogradProduct& t) {
   const int64_t chain = chain_channels(t.channels);
   for (int64_t first = 0; first < t.channels; first += chain) {
     const int64_t left = t.channels - first;
     const int64_t channels = left < chain ? left : chain;
-    const float* u = t.u + first * kPanelVectors * kWinogradLanes;
-    int64_t row = 0;
-    while (row < t.tiles) {
-      // the rest in blocks as equal as can be: 8 rows as 4 + 4, not 6 + 2
-      const int64_t rest = t.tiles - row;
-      const int64_t blocks = (rest + kPanelRows - 1) / kPanelRows;
-      const int64_t rows = (rest + blocks - 1) / blocks;
+    const float* u = t.u + first * kPanelColumns;
+    const bool add = first > 0;
+    for (int64_t row = 0; row < t.tiles;) {
+      const int64_t rows = next_rows(t.tiles - row);
       const float* v = t.v + row * t.channels + first;
       float* m = t.m + row * t.m_stride;
-      const bool add = first > 0;
-      switch (rows) {
-        case 6:
-          product_block<6, kVectors>(v, t.channels, u, channels, m, t.m_stride, add);
-          break;
-        case 5:
-          product_block<5, kVectors>(v, t.channels, u, channels, m, t.m_stride, add);
-          break;
-        case 4:
-          product_block<4, kVectors>(v, t.channels, u, channels, m, t.m_stride, add);
-          break;
-        case 3:
-          product_block<3, kVectors>(v, t.channels, u, channels, m, t.m_stride, add);
-          break;
-        case 2:
-          product_block<2, kVectors>(v, t.channels, u, channels, m, t.m_stride, add);
-          break;
-        default:
-          product_block<1, kVectors>(v, t.channels, u, channels, m, t.m_stride, add);
-      }
+      with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
+        product_block<decltype(count)::value, kVectors, /*kPrefetch=*/true>(
+            v, t.channels, 1, u, kPanelColumns, channels,
+            [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
+              float* to = m + r * t.m_stride + j * kProductLanes;
+              store_raw(to, add ? load_raw<FloatVec>(to) + sum : sum);
+            });
+      });
       row += rows;
     }
   }
 }
 
 inline void winograd_product(const WinogradProduct& t) {
-  switch (t.columns / kWinogradLanes) {
-#if defined(__AVX512F__)
-    case 4:
-      return product_rows<4>(t);
-    case 3:
-      return product_rows<3>(t);
-#endif
-    case 2:
-      return product_rows<2>(t);
-    default:
-      return product_rows<1>(t);
-  }
+  with_vectors(t.columns / kProductLanes,
+               [&](auto vectors) { product_rows<decltype(vectors)::value>(t); });
 }
 
 // ---- the weight's gradient
@@ -348,42 +281,19 @@ inline void winograd_product(const WinogradProduct& t) {
 template <int kRows, int kVectors>
 RESFAST_INLINE void correlation_block(const WinogradCorrelation& t, int64_t channel,
                                       int64_t column) {
-  FloatVec sum[kRows][kVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) sum[r][j] = FloatVec{};
-  }
-  const float* v = t.v + channel;
-  const float* d = t.d + column;
-  for (int64_t tile = 0; tile < t.tiles; ++tile) {
-    FloatVec columns[kVectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) columns[j] = load_raw<FloatVec>(d + j * kWinogradLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const FloatVec value = splat(v[r]);
-#pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) sum[r][j] += value * columns[j];
-    }
-    v += t.channels;
-    d += t.columns;
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) {
-      float* to = t.sums + (channel + r) * t.columns + column + j * kWinogradLanes;
-      store_raw(to, t.add ? load_raw<FloatVec>(to) + sum[r][j] : sum[r][j]);
-    }
-  }
+  product_block<kRows, kVectors, /*kPrefetch=*/false>(
+      t.v + channel, 1, t.channels, t.d + column, t.columns, t.tiles,
+      [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
+        float* to = t.sums + (channel + r) * t.columns + column + j * kProductLanes;
+        store_raw(to, t.add ? load_raw<FloatVec>(to) + sum : sum);
+      });
 }
 
 template <int kVectors>
 RESFAST_INLINE void correlation_rows(const WinogradCorrelation& t, int64_t column) {
   int64_t channel = t.begin;
-  for (; channel + kPanelRows <= t.end; channel += kPanelRows) {
-    correlation_block<kPanelRows, kVectors>(t, channel, column);
+  for (; channel + kProductRows <= t.end; channel += kProductRows) {
+    correlation_block<kProductRows, kVectors>(t, channel, column);
   }
   for (; channel + 4 <= t.end; channel += 4) correlation_block<4, kVectors>(t, channel, column);
   for (; channel + 2 <= t.end; channel += 2) correlation_block<2, kVectors>(t, channel, column);
@@ -391,12 +301,11 @@ RESFAST_INLINE void correlation_rows(const WinogradCorrelation& t, int64_t colum
 }
 
 inline void winograd_correlation(const WinogradCorrelation& t) {
-  constexpr int64_t kPanel = kPanelVectors * kWinogradLanes;
   int64_t column = 0;
-  for (; column + kPanel <= t.columns; column += kPanel) {
-    correlation_rows<kPanelVectors>(t, column);
+  for (; column + kPanelColumns <= t.columns; column += kPanelColumns) {
+    correlation_rows<kProductVectors>(t, column);
   }
-  for (; column < t.columns; column += kWinogradLanes) correlation_rows<1>(t, column);
+  for (; column < t.columns; column += kProductLanes) correlation_rows<1>(t, column);
 }
 
 // Gᵀ: the 3 taps from the points
@@ -424,7 +333,7 @@ RESFAST_INLINE void points_to_filter<4>(const DoubleVec* p, DoubleVec* out) {
 template <int kTile>
 void winograd_weight_gradient(const WinogradWeightGradient& t) {
   constexpr int kSide = kTile + 2;
-  constexpr int kDoubles = kWinogradLanes / 2;
+  constexpr int kDoubles = kProductLanes / 2;
   for (int64_t channel = t.begin; channel < t.end; ++channel) {
     const float* from = t.sums + channel * t.columns;
     DoubleVec lines[kSide][3];  // by row of points
@@ -463,7 +372,7 @@ void winograd_output(const WinogradOutput& t) {
     const int columns = static_cast<int>(g.w - at.x < kTile ? g.w - at.x : kTile);
     const int64_t first = ((at.n * g.h + at.y) * g.w + at.x) * t.channels;
     const float* m = t.m + (tile - t.begin) * t.channels;
-    for (int64_t c = 0; c < t.channels; c += kWinogradLanes) {
+    for (int64_t c = 0; c < t.channels; c += kProductLanes) {
       FloatVec lines[kSide][kTile];  // by column of points, then output row
 #pragma GCC unroll 8
       for (int j = 0; j < kSide; ++j) {
@@ -509,9 +418,9 @@ void winograd_output(const WinogradOutput& t) {
 
 #define RESFAST_WINOGRAD_KERNELS                                                                  \
   {                                                                                               \
-    kWinogradLanes, kPanelVectors *kWinogradLanes, kWinogradLanes / 2,                            \
-        {&winograd_weight<2>, &winograd_weight<4>}, {&winograd_input<2>, &winograd_input<4>},     \
-        {&winograd_gradient<2>, &winograd_gradient<4>}, &winograd_product, &winograd_correlation, \
+    kProductLanes, kPanelColumns, kProductLanes / 2, {&winograd_weight<2>, &winograd_weight<4>},  \
+        {&winograd_input<2>, &winograd_input<4>}, {&winograd_gradient<2>, &winograd_gradient<4>}, \
+        &winograd_product, &winograd_correlation,                                                 \
         {&winograd_weight_gradient<2>, &winograd_weight_gradient<4>}, {                           \
       &winograd_output<2>, &winograd_output<4>                                                    \
     }                                                                                             \

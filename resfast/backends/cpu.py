@@ -22,6 +22,12 @@ from resfast.backends.packed import (
     packing_declines,
     recall_convolution,
 )
+from resfast.backends.pointwise import (
+    is_pointwise,
+    pointwise_dgrad,
+    pointwise_fprop,
+    pointwise_wgrad,
+)
 from resfast.backends.winograd import (
     winograd_dgrad,
     winograd_fprop,
@@ -56,20 +62,30 @@ class CpuBackend(Backend):
         return None
 
     def conv_fprop(self, x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
+        if bias is not None:
+            return super().conv_fprop(x, weight, bias, g)
+        if is_pointwise(x, weight, g):
+            return pointwise_fprop(x, weight, g)
         tile = winograd_tile(x, weight, g, training=True)
-        if tile is None or bias is not None:
+        if tile is None:
             return super().conv_fprop(x, weight, bias, g)
         return winograd_fprop(x, weight, tile)
 
     def conv_dgrad(self, dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
+        if g.stride == (1, 1) and is_pointwise(dz, weight, g):
+            return pointwise_dgrad(dz, weight)
         tile = winograd_tile(dz, weight, g, training=True)
         if tile is None:
             return super().conv_dgrad(dz, x, weight, g)
         return winograd_dgrad(dz, weight, tile)
 
     def conv_wgrad(self, dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
+        if dz.dtype != x.dtype:
+            return super().conv_wgrad(dz, x, weight, g)
+        if is_pointwise(x, weight, g):
+            return pointwise_wgrad(dz, x, weight, g)
         tile = winograd_tile(x, weight, g, training=True)
-        if tile is None or dz.dtype != x.dtype:
+        if tile is None:
             return super().conv_wgrad(dz, x, weight, g)
         return winograd_wgrad(dz, x, weight, tile)
 

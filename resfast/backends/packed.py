@@ -1,9 +1,9 @@
 """Convolution with norm, residual and ReLU in its epilogue, on weights prepared once.
 
-3×3 convolutions of stride 1 run by Winograd's algorithm, the others by oneDNN. Its post-ops reach
-PyTorch through ``mkldnn::_convolution_pointwise``. They take no per-channel scale, so scale is
-folded into the weights, in fp32. Transforming or packing costs a pass over the weights each, hence
-the cache.
+3×3 convolutions of stride 1 run by Winograd's algorithm and 1×1 convolutions as products, both in
+kernels of our own; the others by oneDNN, whose post-ops reach PyTorch through
+``mkldnn::_convolution_pointwise``. Those take no per-channel scale, so scale is folded into the
+weights, in fp32. Transforming or packing costs a pass over the weights each, hence the cache.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from resfast import native
 from resfast.backends.interface import ConvGeometry, NormVectors, empty_nhwc
+from resfast.backends.pointwise import is_pointwise, pointwise_output, pointwise_weight
 from resfast.backends.winograd import winograd_tile, winograd_weight
 
 _SAMPLES = 64  # as in csrc/cpu/sample.cpp
@@ -25,11 +26,17 @@ _SAMPLES = 64  # as in csrc/cpu/sample.cpp
 class PackedConvolution(Protocol):
     """act(conv(x) + residual), with everything else prepared.
 
-    With ``overwrite`` the result takes the residual's memory, which must not be x's.
+    With ``overwrite`` the result takes the residual's memory, which must not be x's. ``out``, for
+    the kernels of our own alone, is memory for the result.
     """
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        overwrite: bool = False,
+        out: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -41,8 +48,8 @@ class _Key(NamedTuple):
     given: tuple[bool, bool, bool]  # convolution bias, norm weight, norm bias
     # oneDNN picks its blocking for an input size; another batch runs, with a slower layout
     input_shape: tuple[int, ...]
-    tile: int | None  # of Winograd's algorithm
-    isa: str | None  # which lays out Winograd's filters
+    own: str | None  # which of our kernels
+    isa: str | None  # which lays out what those read
 
 
 @dataclass
@@ -139,10 +146,10 @@ def packed_convolution(
 ) -> PackedConvolution:
     """A function (x, residual, relu) → y, where ``packing_declines`` has no objection."""
     given = (bias is not None, norm.weight is not None, norm.bias is not None)
-    tile = winograd_tile(x, weight, g)
-    # Winograd's filters serve every input size
-    shape, isa = (tuple(x.shape), None) if tile is None else ((), native.cpu_isa())
-    key = _Key(weight._version, weight.data_ptr(), g, norm.eps, given, shape, tile, isa)
+    own = own_kernel(x, weight, g)
+    # what our kernels read serves every input size
+    shape, isa = (tuple(x.shape), None) if own is None else ((), native.cpu_isa())
+    key = _Key(weight._version, weight.data_ptr(), g, norm.eps, given, shape, own, isa)
     entry = _cache.get(weight)
     if entry is None or entry.key != key or not _unchanged(entry, weight, bias, norm):
         run = prepare_convolution(x, weight, bias, g, norm)
@@ -153,6 +160,17 @@ def packed_convolution(
     entry.input_shape = x.shape
     entry.output_shape = (x.shape[0], weight.shape[0], *_output_size(x, weight, g))
     return entry.run
+
+
+_TILES = {"winograd2": 2, "winograd4": 4}
+
+
+def own_kernel(x: Tensor, weight: Tensor, g: ConvGeometry) -> str | None:
+    """Which kernel of our own runs this convolution: pointwise, winograd2, winograd4, or none."""
+    if is_pointwise(x, weight, g):
+        return "pointwise"
+    tile = winograd_tile(x, weight, g)
+    return None if tile is None else f"winograd{tile}"
 
 
 def _output_size(x: Tensor, weight: Tensor, g: ConvGeometry) -> list[int]:
@@ -170,22 +188,50 @@ def prepare_convolution(
     shift = affine.beta - affine.mean * affine.scale
     if bias is not None:
         shift = shift + bias.detach() * affine.scale
-    tile = winograd_tile(x, weight, g)
-    if tile is None:
+    own = own_kernel(x, weight, g)
+    if own is None:
         return _onednn(x, weight, g, affine.scale, shift)
-    return _winograd(weight, tile, affine.scale, shift)
+    if own == "pointwise":
+        return _pointwise(weight, g, affine.scale, shift)
+    return _winograd(weight, _TILES[own], affine.scale, shift)
 
 
 def _winograd(weight: Tensor, tile: int, scale: Tensor, shift: Tensor) -> PackedConvolution:
     filters, channels = winograd_weight(weight, tile), weight.shape[0]
 
-    def run(x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False) -> Tensor:
+    def run(
+        x: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        overwrite: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
         n, _, h, w = x.shape
-        if overwrite and residual is not None:
+        if overwrite:
             out = residual
-        else:
+        if out is None:
             out = empty_nhwc((n, channels, h, w), x)
         torch.ops.resfast.winograd_conv(x, filters, scale, shift, residual, relu, False, out)
+        return out
+
+    return run
+
+
+def _pointwise(weight: Tensor, g: ConvGeometry, scale: Tensor, shift: Tensor) -> PackedConvolution:
+    packed, channels = pointwise_weight(weight, scale), weight.shape[0]
+
+    def run(
+        x: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        overwrite: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        if overwrite:
+            out = residual
+        if out is None:
+            out = pointwise_output(x, channels, g)
+        torch.ops.resfast.pointwise_conv(x, packed, shift, residual, relu, *g.stride, out)
         return out
 
     return run
@@ -198,7 +244,14 @@ def _onednn(
     folded = weight.detach() * scale.view(-1, 1, 1, 1)
     packed = torch.ops.mkldnn._reorder_convolution_weight(folded, *geometry, x.shape)
 
-    def run(x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False) -> Tensor:
+    def run(
+        x: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        overwrite: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        assert out is None
         attr: str | None
         if residual is None:
             attr = "relu" if relu else "none"

@@ -71,7 +71,7 @@ def winograd_wgrad(dz: Tensor, x: Tensor, weight: Tensor, tile: int) -> Tensor:
 
 
 def _packed_shape(k: int, c: int, tile: int) -> tuple[int, int, int, int]:
-    columns = torch.ops.resfast.winograd_columns()
+    columns = torch.ops.resfast.panel_columns()
     return (tile + 2) ** 2, math.ceil(k / columns), c, columns
 
 

@@ -1,0 +1,5 @@
+#include "cpu/pointwise_kernels_impl.h"
+
+namespace resfast {
+const PointwiseKernels pointwise_kernels_avx512 = RESFAST_POINTWISE_KERNELS;
+}  // namespace resfast

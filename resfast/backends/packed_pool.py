@@ -1,0 +1,83 @@
+"""A prepared convolution with its ReLU and the max-pool behind it, a few images at a time.
+
+The convolution's output, a network's largest tensor, is then still in a cache when it is pooled,
+and its memory is used again for the next images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resfast.backends.interface import ConvGeometry, NormVectors, empty_nhwc
+from resfast.backends.packed import PackedConvolution, prepare_convolution
+
+_PIECE_BYTES = 8 * 2**20  # of the convolution's output
+_LARGEST_WINDOW = 15  # as in csrc/cpu/norm_pool_kernels.h
+
+
+class Window(NamedTuple):
+    """A square max-pool's, in pixels."""
+
+    kernel: int
+    stride: int
+    padding: int
+
+
+def native_window(
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    ceil_mode: bool = False,
+) -> Window | None:
+    """Of ``max_pool2d``'s arguments, or None where the native max-pool does not run them."""
+    stride = stride or kernel
+    square = all(len(set(values)) == 1 for values in (kernel, stride, padding))
+    if not square or set(dilation) != {1} or ceil_mode or kernel[0] > _LARGEST_WINDOW:
+        return None
+    return Window(kernel[0], stride[0], padding[0])
+
+
+def images_at_a_time(y: Tensor) -> int:
+    """How many images of a convolution's output ``[N, C, H, W]`` make a piece."""
+    return max(1, _PIECE_BYTES // (prod(y.shape[1:]) * y.element_size()))
+
+
+def prepare_pooled_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    g: ConvGeometry,
+    norm: NormVectors,
+    conv_shape: Sequence[int],
+    pooled_shape: Sequence[int],
+    window: Window,
+) -> PackedConvolution:
+    """maxpool(relu(bn(conv(x)))); of ``x`` only the shape matters."""
+    count = images_at_a_time(x.new_empty(1).expand(tuple(conv_shape)))
+    convolution = prepare_convolution(x[:count], weight, bias, g, norm)
+    channels = weight.shape[0]
+    # what the native op normalises with before it pools: the convolution has done that
+    zero, one = torch.zeros(channels), torch.ones(channels)
+    shape = tuple(pooled_shape)
+
+    def run(
+        x: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        overwrite: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        if out is None:
+            out = empty_nhwc(shape, x)
+        for piece, pooled in zip(x.split(count), out.split(count), strict=True):
+            y = convolution(piece, None, True)
+            torch.ops.resfast.norm_apply_max_pool(y, zero, one, zero, *window, pooled, None)
+        return out
+
+    return run

@@ -1,0 +1,81 @@
+"""1×1 convolution on CPU as a product of matrices: which ones it runs, and its packed weights.
+
+Pixels of an NHWC activation are the rows of a matrix as they lie in memory, so nothing is copied
+but the weights, into panels of as many columns as the registers hold.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from resfast import native
+from resfast.backends.interface import ConvGeometry, empty_nhwc, nhwc
+from resfast.backends.scratch import flat_scratch
+
+_LANES = 16  # of the widest instruction set: vectors of channels are full
+
+
+def is_pointwise(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
+    """Whether the functions of this file run this convolution."""
+    return (
+        x.dtype == torch.float32
+        and weight.dtype == torch.float32
+        and tuple(weight.shape[2:]) == (1, 1)
+        and g.padding == (0, 0)
+        and g.groups == 1
+        and weight.shape[0] % _LANES == 0
+        and weight.shape[1] % _LANES == 0
+        and x.numel() > 0
+        and native.is_available()
+    )
+
+
+def pointwise_weight(weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """The weight times scale ``[K]`` in panels, to keep."""
+    packed = weight.new_empty(_packed_shape(weight.shape[0], weight.shape[1]))
+    torch.ops.resfast.pointwise_weight(weight.detach(), scale, False, packed)
+    return packed
+
+
+def pointwise_output(x: Tensor, channels: int, g: ConvGeometry) -> Tensor:
+    """Memory for the output."""
+    n, _, h, w = x.shape
+    p, q = math.ceil(h / g.stride[0]), math.ceil(w / g.stride[1])
+    return empty_nhwc((n, channels, p, q), x)
+
+
+def pointwise_fprop(x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
+    """conv(x, weight) on a weight packed for this call."""
+    return _convolve(x, weight, g, False)
+
+
+def pointwise_dgrad(dz: Tensor, weight: Tensor) -> Tensor:
+    """The gradient with respect to x, at stride 1: the product with the transposed weight."""
+    return _convolve(dz, weight, ConvGeometry((1, 1), (0, 0), (1, 1), 1), True)
+
+
+def pointwise_wgrad(dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
+    """The gradient with respect to the weight, in its layout."""
+    dense = weight.new_empty(weight.shape)
+    torch.ops.resfast.pointwise_wgrad(nhwc(x), nhwc(dz), *g.stride, dense)
+    # of 1×1, any dense layout is the same memory
+    return dense.as_strided(weight.shape, torch.empty_like(weight).stride())
+
+
+def _packed_shape(k: int, c: int) -> tuple[int, int, int]:
+    columns = torch.ops.resfast.panel_columns()
+    return math.ceil(k / columns), c, columns
+
+
+def _convolve(x: Tensor, weight: Tensor, g: ConvGeometry, transposed: bool) -> Tensor:
+    k, c = weight.shape[:2] if not transposed else (weight.shape[1], weight.shape[0])
+    shape = _packed_shape(k, c)
+    packed = flat_scratch("pointwise weight", math.prod(shape), weight.dtype).view(shape)
+    torch.ops.resfast.pointwise_weight(weight.detach(), None, transposed, packed)
+    x = nhwc(x)
+    out = pointwise_output(x, k, g)
+    torch.ops.resfast.pointwise_conv(x, packed, None, None, False, *g.stride, out)
+    return out

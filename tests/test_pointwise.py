@@ -1,0 +1,312 @@
+"""1×1 convolution: the native ops on each instruction set, and the choice to use them."""
+
+from __future__ import annotations
+
+import math
+
+import needs
+import pytest
+import torch
+import torch.nn.functional as F
+from convolutions import assert_close, assert_criterion
+
+from resfast.backends import backend
+from resfast.backends.interface import ConvGeometry, NormVectors, nhwc
+from resfast.backends.packed import packed_convolution
+from resfast.backends.pointwise import (
+    is_pointwise,
+    pointwise_dgrad,
+    pointwise_fprop,
+    pointwise_output,
+    pointwise_weight,
+    pointwise_wgrad,
+)
+
+pytestmark = needs.native_library
+ops = torch.ops.resfast
+PLAIN = ConvGeometry((1, 1), (0, 0), (1, 1), 1)
+
+
+def _strided(s):
+    return PLAIN._replace(stride=(s, s))
+
+
+def _problem(n, c, h, w, k, stride=1, seed=0):
+    """Activations as after a ReLU, He-scaled weights, a gradient; float32, channels_last."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return nhwc(torch.randn(shape, generator=generator))
+
+    p, q = math.ceil(h / stride), math.ceil(w / stride)
+    return normal(n, c, h, w).relu(), normal(k, c, 1, 1) * math.sqrt(2 / c), normal(n, k, p, q)
+
+
+def _backward_x(dz, weight):
+    return torch.nn.grad.conv2d_input((dz.shape[0], weight.shape[1], *dz.shape[2:]), weight, dz)
+
+
+def _backward_weight(dz, x, stride=1):
+    shape = (dz.shape[1], x.shape[1], 1, 1)
+    return torch.nn.grad.conv2d_weight(x, shape, dz, stride=stride)
+
+
+@pytest.mark.parametrize(
+    ("c", "k"), [(64, 256), (256, 64), (512, 128), (1024, 256), (2048, 512), (16, 16)]
+)
+def test_error_against_float64_is_that_of_stock(c, k):
+    """The design's float32 criterion, at the channel counts of a ResNet."""
+    x, weight, dz = _problem(4, c, 14, 14, k)
+    assert_criterion(pointwise_fprop(x, weight, PLAIN), F.conv2d, x, weight)
+    assert_criterion(pointwise_dgrad(dz, weight), _backward_x, dz, weight)
+    assert_criterion(pointwise_wgrad(dz, x, weight, PLAIN), _backward_weight, dz, x)
+
+
+def test_error_of_the_weights_gradient_over_many_pixels_is_that_of_stock():
+    x, weight, dz = _problem(8, 64, 56, 56, 32)
+    assert_criterion(pointwise_wgrad(dz, x, weight, PLAIN), _backward_weight, dz, x)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 16, 1, 1, 16),
+        (2, 16, 3, 5, 48),
+        (1, 32, 4, 4, 80),  # a panel that is not full
+        (3, 64, 7, 7, 16),
+        (1, 48, 9, 14, 64),
+        (2, 80, 6, 1, 32),
+        (1, 1040, 3, 3, 16),  # three chains
+        (2, 16, 29, 23, 16),  # blocks of pixels, and more than one chain of them
+    ],
+    ids=str,
+)
+def test_every_shape_and_instruction_set(stride, shape, isa):
+    x, weight, dz = _problem(*shape, stride=stride)
+    g = _strided(stride)
+    exact = F.conv2d(x.double(), weight.double(), stride=stride)
+    assert_close(pointwise_fprop(x, weight, g), exact)
+    dweight = pointwise_wgrad(dz, x, weight, g)
+    assert_close(dweight, _backward_weight(dz.double(), x.double(), stride))
+    nchw = weight.contiguous()
+    assert torch.equal(pointwise_wgrad(dz, x, nchw, g), dweight)
+    assert torch.equal(pointwise_fprop(x, nchw, g), pointwise_fprop(x, weight, g))
+    if stride == 1:
+        assert_close(pointwise_dgrad(dz, weight), _backward_x(dz.double(), weight.double()))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_weights_gradient_has_its_layout(layout):
+    x, weight, dz = _problem(2, 16, 5, 5, 32)
+    weight = weight.contiguous(memory_format=layout)
+    dweight = pointwise_wgrad(dz, x, weight, PLAIN)
+    assert dweight.stride() == torch.empty_like(weight).stride()
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 20, 20, 32), (1, 64, 5, 5, 256), (1, 256, 5, 5, 64)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_results_do_not_depend_on_the_number_of_threads(shape, stride):
+    """Many pixels and many panels of either side: each way of sharing the work out."""
+    x, weight, dz = _problem(*shape, stride=stride)
+    g = _strided(stride)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append((pointwise_fprop(x, weight, g), pointwise_wgrad(dz, x, weight, g)))
+    finally:
+        torch.set_num_threads(threads)
+    for several in results[1:]:
+        assert all(map(torch.equal, results[0], several))
+
+
+@pytest.mark.parametrize("c", [32, 1040])
+@pytest.mark.parametrize("relu", [False, True])
+def test_epilogue(relu, c, isa):
+    x, weight, residual = _problem(2, c, 9, 9, 32)
+    scale, shift = torch.rand(32) + 0.5, torch.randn(32)
+    packed = pointwise_weight(weight, scale)
+    out = pointwise_output(x, 32, PLAIN)
+    ops.pointwise_conv(x, packed, shift, residual, relu, 1, 1, out)
+    u = F.conv2d(x.double(), weight.double()) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    u = u + residual
+    torch.testing.assert_close(out, (u.relu() if relu else u).float(), rtol=1e-5, atol=1e-5)
+    in_place = residual.clone(memory_format=torch.preserve_format)
+    ops.pointwise_conv(x, packed, shift, in_place, relu, 1, 1, in_place)
+    assert torch.equal(in_place, out)
+
+
+def test_nan_and_infinity_stay(isa):
+    x, weight, _ = _problem(1, 16, 8, 8, 16)
+    x[0, 3, 2, 2] = math.nan
+    x[0, 3, 4, 4] = math.inf
+    out = pointwise_output(x, 16, PLAIN)
+    ops.pointwise_conv(x, pointwise_weight(weight.abs()), None, None, True, 1, 1, out)
+    assert out[0, :, 2, 2].isnan().all()
+    assert out[0, :, 4, 4].isposinf().all()
+    assert out[0, :, 7, 7].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.zeros(1, 16, 8, 8, dtype=torch.float64)}, "float32"),
+        ({"x": torch.zeros(1, 16, 8)}, "4-D"),
+        ({"x": torch.zeros(1, 32, 8, 8)}, "pointwise_weight made for"),
+        ({"packed": torch.zeros(1, 16, 7)}, "pointwise_weight made for"),
+        ({"shift": torch.zeros(8)}, "one value per channel"),
+        ({"residual": torch.zeros(1, 16, 8, 9)}, "residual must have the shape"),
+        ({"out": torch.zeros(1, 16, 9, 8)}, "out must be"),
+        ({"out": torch.zeros(1, 20, 8, 8)}, "multiple of"),
+        ({"stride": 2}, "out must be"),
+        ({"stride": 0}, "strides must be"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_raise_before_anything_is_written(change, words):
+    _, weight, _ = _problem(1, 16, 8, 8, 16)
+    given = {
+        "x": torch.zeros(1, 16, 8, 8),
+        "packed": pointwise_weight(weight),
+        "shift": None,
+        "residual": None,
+        "out": torch.full((1, 16, 8, 8), 7.0),
+        "stride": 1,
+    } | change
+    for name in ("x", "residual", "out"):
+        if given[name] is not None and given[name].dim() == 4:
+            given[name] = nhwc(given[name])
+    before = given["out"].clone()
+    call = [given[k] for k in ("x", "packed", "shift", "residual")]
+    with pytest.raises(RuntimeError, match=words):
+        ops.pointwise_conv(*call, False, given["stride"], given["stride"], given["out"])
+    assert torch.equal(given["out"], before)
+
+
+def test_output_must_not_be_the_input():
+    x, weight, _ = _problem(1, 16, 8, 8, 16)
+    with pytest.raises(RuntimeError, match="overlaps"):
+        ops.pointwise_conv(x, pointwise_weight(weight), None, None, False, 1, 1, x)
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "transposed", "words"),
+    [
+        (torch.zeros(16, 16, 3, 3), None, False, "weight must be"),
+        (torch.zeros(16, 16, 1, 1).double(), None, False, "float32"),
+        (torch.zeros(16, 32, 1, 1), None, False, "packed must be"),
+        (torch.zeros(16, 16, 1, 1), torch.ones(8), False, "scale must be"),
+        (torch.zeros(16, 16, 1, 1), torch.ones(16), True, "scale must be"),
+    ],
+)
+def test_bad_weights_raise(weight, scale, transposed, words):
+    packed = torch.zeros(1, 16, ops.panel_columns())
+    with pytest.raises(RuntimeError, match=words):
+        ops.pointwise_weight(weight, scale, transposed, packed)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dz": torch.zeros(1, 16, 8, 4)}, "dz must be"),
+        ({"dweight": torch.zeros(16, 16, 3, 3)}, "dweight must be"),
+        ({"dweight": torch.zeros(16, 32, 1, 1)[:, ::2]}, "dweight must be"),
+        ({"dz": torch.zeros(1, 16, 8, 8).double()}, "float32"),
+        ({"x": torch.zeros(1, 5, 8, 8), "dweight": torch.zeros(16, 5, 1, 1)}, "multiple of"),
+        ({"stride": 2}, "dz must be"),
+        ({"stride": 0}, "strides must be"),
+    ],
+    ids=str,
+)
+def test_bad_gradients_raise(change, words):
+    given = {
+        "x": torch.zeros(1, 16, 8, 8),
+        "dz": torch.zeros(1, 16, 8, 8),
+        "dweight": torch.full((16, 16, 1, 1), 7.0),
+        "stride": 1,
+    } | change
+    before, stride = given["dweight"].clone(), given["stride"]
+    with pytest.raises(RuntimeError, match=words):
+        ops.pointwise_wgrad(nhwc(given["x"]), nhwc(given["dz"]), stride, stride, given["dweight"])
+    assert torch.equal(given["dweight"], before)
+
+
+def test_no_pixels_give_a_gradient_of_zero():
+    dweight = torch.full((16, 16, 1, 1), 7.0)
+    ops.pointwise_wgrad(torch.zeros(0, 16, 4, 4), torch.zeros(0, 16, 4, 4), 1, 1, dweight)
+    assert not dweight.any()
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "geometry", "runs"),
+    [
+        ((1, 64, 56, 56), (256, 64, 1, 1), PLAIN, True),
+        ((1, 64, 56, 56), (256, 64, 1, 1), _strided(2), True),
+        ((1, 64, 56, 56), (256, 64, 1, 1), PLAIN._replace(dilation=(2, 2)), True),
+        ((1, 64, 56, 56), (256, 64, 1, 1), PLAIN._replace(padding=(1, 1)), False),
+        ((1, 64, 56, 56), (64, 32, 1, 1), PLAIN._replace(groups=2), False),
+        ((1, 64, 56, 56), (64, 64, 3, 3), PLAIN, False),
+        ((1, 24, 56, 56), (64, 24, 1, 1), PLAIN, False),
+        ((1, 64, 56, 56), (24, 64, 1, 1), PLAIN, False),
+        ((0, 64, 56, 56), (64, 64, 1, 1), PLAIN, False),
+    ],
+    ids=str,
+)
+def test_what_is_run_as_a_product(x, weight, geometry, runs):
+    assert is_pointwise(torch.empty(x), torch.empty(weight), geometry) == runs
+    assert not is_pointwise(torch.empty(x).bfloat16(), torch.empty(weight).bfloat16(), geometry)
+
+
+def test_prepared_weights_follow_weights_norm_and_instruction_set(isa):
+    """One prepared convolution serves all sizes; a change of any of its inputs makes it anew."""
+    from resfast import _C
+
+    x, weight, _ = _problem(2, 16, 6, 6, 32)
+    vectors = [torch.rand(32) + 0.5 for _ in range(4)]
+    norm = NormVectors(*vectors, 1e-5)
+
+    def check(images):
+        y = packed_convolution(images, weight, None, PLAIN, norm)(images, None, False)
+        z = F.conv2d(images, weight)
+        gamma, beta, mean, var = vectors
+        torch.testing.assert_close(
+            y, F.batch_norm(z, mean, var, gamma, beta, False), rtol=1e-4, atol=1e-4
+        )
+
+    check(x)
+    check(nhwc(torch.randn(1, 16, 4, 7)))
+    first = packed_convolution(x, weight, None, PLAIN, norm)
+    assert packed_convolution(x, weight, None, PLAIN, norm) is first
+    weight.data.mul_(2)
+    check(x)
+    vectors[3].mul_(3)
+    check(x)
+    _C.set_cpu_isa("scalar")
+    check(x)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_training_runs_the_products_forward_and_backward(stride, monkeypatch):
+    """Through the public op; the input's gradient at stride 2 is the library's."""
+    from resfast.backends import cpu
+    from resfast.ops import ConvParams, NormParams, conv_bn_act
+
+    called = []
+    names = ["pointwise_fprop", "pointwise_dgrad", "pointwise_wgrad"]
+    for name in names:
+        original = getattr(cpu, name)
+        monkeypatch.setattr(
+            cpu, name, lambda *a, name=name, original=original: called.append(name) or original(*a)
+        )
+    x, weight, _ = _problem(4, 32, 6, 6, 32)
+    x.requires_grad_()
+    weight.requires_grad_()
+    norm = NormParams(torch.ones(32), torch.zeros(32), None, None, None, True)
+    conv = ConvParams(weight, None, (stride, stride), (0, 0))
+    conv_bn_act(x, conv, norm).sum().backward()
+    assert called == [n for n in names if stride == 1 or n != "pointwise_dgrad"]
+    called.clear()
+    with backend("eager"):
+        conv_bn_act(x, conv, norm)
+    assert called == []
