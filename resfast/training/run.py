@@ -31,6 +31,7 @@ from resfast.training.config import (
 from resfast.training.data import load_dataset
 from resfast.training.loop import Score, Stopped, StopSignals, Trainer, TrainStep, place
 from resfast.training.model import create_for, model_names
+from resfast.training.page import PAGE, Predictions, render
 from resfast.training.predict import find_checkpoint
 from resfast.training.report import Progress, Recorder, binomial_interval, on_row, table
 
@@ -138,7 +139,8 @@ def _finish(
 ) -> int:
     best, chosen = find_checkpoint(folder)
     trainer.evaluated.load_state_dict(best["model"])
-    score = trainer.evaluate(trainer.data.test)
+    logits: list[torch.Tensor] = []
+    score = trainer.evaluate(trainer.data.test, logits.append)
     steps = None
     if comparison and stop.signum is None:
         if not quiet:
@@ -148,7 +150,10 @@ def _finish(
     metrics["test"]["checkpoint"] = chosen.name
     write_atomically(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     title = f"{trainer.config.model} on {trainer.data.name}: test accuracy {score.accuracy:.2%}"
-    draw_curves(read_metrics(folder / "metrics.jsonl"), folder / "curve.png", title)
+    rows = read_metrics(folder / "metrics.jsonl")
+    draw_curves(rows, folder / "curve.png", title)
+    predictions = Predictions.of(torch.cat(logits), trainer.data)
+    write_atomically(folder / PAGE, render(metrics, rows, predictions).encode())
     if not quiet:
         print(_summary(metrics, folder))
     return 0 if stop.signum is None else 128 + stop.signum
@@ -233,7 +238,8 @@ def _summary(metrics: dict[str, Any], folder: Path) -> str:
             ("step, eager", f"{eager} (unfused twin, channels_last)"),
             ("resfast / eager", compared["verdict"]),
         ]
-    rows.append(("run folder", f"{folder} (metrics.json, metrics.jsonl, curve.png, {BEST})"))
+    files = f"{PAGE}, metrics.json, metrics.jsonl, curve.png, {BEST}"
+    rows.append(("run folder", f"{folder} ({files})"))
     return table(rows)
 
 
