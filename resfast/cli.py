@@ -265,6 +265,11 @@ def _add_training_options(parser: Parser) -> None:
     parser.add_argument(
         "--no-compare", action="store_true", help="skip the comparison with the unfused twin"
     )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also write the curves as TensorBoard's event files, into DIR/tensorboard",
+    )
     parser.add_argument("--quiet", action="store_true", help="print errors only")
 
 
@@ -283,6 +288,7 @@ def _train(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         comparison=not arguments.no_compare,
         quiet=arguments.quiet,
+        tensorboard=arguments.tensorboard,
     )
 
 

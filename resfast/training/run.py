@@ -34,6 +34,7 @@ from resfast.training.model import create_for, model_names
 from resfast.training.page import PAGE, Predictions, render
 from resfast.training.predict import find_checkpoint
 from resfast.training.report import Progress, Recorder, binomial_interval, on_row, table
+from resfast.training.scalars import Scalars
 
 # Images up to this side train in one thread unless told otherwise: their steps are short, and
 # OpenMP's threads spin while they wait for each other. On a busy two-core machine two threads
@@ -49,9 +50,10 @@ def train(
     resume: Path | None = None,
     comparison: bool = True,
     quiet: bool = False,
+    tensorboard: bool = False,
 ) -> int:
     """`options` are the fields of TrainConfig the user gave. Returns the exit status."""
-    _require_modules(quiet)
+    _require_modules(quiet, tensorboard)
     state: dict[str, Any] | None = None
     if resume is not None:
         state, source = _open_run(resume)
@@ -84,7 +86,8 @@ def train(
         else:
             recorder({"kind": "start", **header})
         progress = Progress(trainer.total_steps, trainer.step, config.epochs, quiet)
-        trainer.record = on_row(recorder, progress)
+        scalars = [Scalars(folder, trainer.step)] if tensorboard else []
+        trainer.record = on_row(progress, recorder, *scalars)
         trainer.progress = progress.step
         sizes = data.sizes()
         progress.say(
@@ -103,6 +106,8 @@ def train(
             return 128 + stopped.signum
         finally:
             progress.close()
+            for each in scalars:
+                each.close()
         return _finish(trainer, folder, header, comparison, stop, quiet)
 
 
@@ -243,7 +248,9 @@ def _summary(metrics: dict[str, Any], folder: Path) -> str:
     return table(rows)
 
 
-def _require_modules(quiet: bool) -> None:
+def _require_modules(quiet: bool, tensorboard: bool) -> None:
+    if tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs tensorboard: pip install tensorboard")
     needed = ["matplotlib"]
     if not quiet and sys.stderr.isatty():
         needed.append("tqdm")
