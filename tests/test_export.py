@@ -19,7 +19,7 @@ from resfast.training.data import normalise
 from resfast.training.export import FromPixels, compare
 from resfast.training.model import create_for
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "warnings_format")
 SHAPE = (3, 12, 10)
 MEAN, STD = [0.2, 0.5, 0.7], [0.1, 0.3, 0.9]
 CLASSES = ["cat", 'd"og', "<owl>", "köder"]

@@ -21,7 +21,7 @@ from resfast.training.page import MISTAKES, PAIRS, Predictions, render
 from resfast.training.predict import find_checkpoint, restore_model
 
 pytest.importorskip("matplotlib", reason="draws curves and pictures")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "warnings_format")
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 NASTY = """<script>alert("1")</script> & 'co'"""

@@ -13,7 +13,7 @@ from resfast.training import run as run_module
 from resfast.training.report import Recorder
 from resfast.training.scalars import FOLDER, Scalars
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "warnings_format")
 OPTIONS = ("--data", "synthetic", "--image-size", "8", "--no-compare", "--quiet")
 
 

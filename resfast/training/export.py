@@ -171,7 +171,6 @@ def _write_onnx(module: FromPixels, info: dict[str, Any], path: Path) -> None:
         f=path,
         input_names=["pixels"],
         output_names=["logits"],
-        external_data=False,
         verbose=False,
         **_example(info),
     )
@@ -194,8 +193,7 @@ def _read_onnx(module: FromPixels, path: Path) -> Run:
 def _write_safetensors(module: FromPixels, info: dict[str, Any], path: Path) -> None:
     from safetensors.torch import save_file
 
-    weights = {k: v.contiguous() for k, v in module.network.state_dict().items()}
-    save_file(weights, path, _strings(info))
+    save_file(module.network.state_dict(), path, _strings(info))
 
 
 def _read_safetensors(module: FromPixels, path: Path) -> Run:
