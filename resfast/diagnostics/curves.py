@@ -32,7 +32,7 @@ def draw_curves(
 
     epochs = [row for row in rows if row["kind"] == "epoch"]
     steps = [row for row in rows if row["kind"] == "step"]
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4), sharex=True, layout="constrained")
     left, right, rate = panels
     numbers = [row["epoch"] for row in epochs]
     if epochs and steps:
