@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from resfast.training.config import DTYPES, TrainConfig, UserError
+from resfast.training.config import DTYPES, EXPORTS, TrainConfig, UserError
 
 INTERRUPTED = 130
 
@@ -19,6 +19,7 @@ EXAMPLES = {
     "": """examples:
   resfast train                          train on real handwritten digits, about a minute
   resfast predict runs/NAME              classify the images it never saw
+  resfast export runs/NAME --out n.onnx  the trained network for other programs
   resfast gradflow                       why shortcuts matter, in a picture
   resfast bench                          compare speed with what people use instead
   resfast tune                           measure the Triton kernels' tiles on this GPU
@@ -35,6 +36,11 @@ Ctrl-C saves a checkpoint first. Exit status: 0 done, 1 failed, 2 bad options, 1
   resfast predict runs/NAME
   resfast predict runs/NAME seven.png --invert --top 5
   resfast predict runs/NAME/best.pt --json""",
+    "export": """examples:
+  resfast export runs/NAME --out net.onnx
+  resfast export runs/NAME/best.pt --out net.pt2
+Both take pixels, float32 in [0, 1], and give logits; .safetensors holds the weights alone. Class
+names, mean, standard deviation and image shape are in the metadata.""",
     "gradflow": """examples:
   resfast gradflow
   resfast gradflow --depths 20,56 --data photos/ --out flow.svg""",
@@ -131,6 +137,19 @@ def build_parser() -> Parser:
     predict.add_argument("--show", type=_count, default=5, help="test images to list (default: 5)")
     predict.add_argument("--top", type=_positive, default=1, help="classes to name (default: 1)")
     predict.add_argument("--json", action="store_true", help="machine-readable output")
+
+    export = _command(
+        commands, "export", "write a trained network for use without resfast", _export
+    )
+    export.add_argument("source", type=Path, metavar="RUN", help="run folder or checkpoint file")
+    export.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".pt2 (torch.export), .onnx or .safetensors",
+    )
+    export.add_argument("--format", choices=EXPORTS, help="default: by the suffix of FILE")
 
     gradflow = _command(
         commands, "gradflow", "how shortcuts carry gradients, in a picture", _gradflow
@@ -265,6 +284,11 @@ def _add_training_options(parser: Parser) -> None:
     parser.add_argument(
         "--no-compare", action="store_true", help="skip the comparison with the unfused twin"
     )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also write the curves as TensorBoard's event files, into DIR/tensorboard",
+    )
     parser.add_argument("--quiet", action="store_true", help="print errors only")
 
 
@@ -283,6 +307,7 @@ def _train(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         comparison=not arguments.no_compare,
         quiet=arguments.quiet,
+        tensorboard=arguments.tensorboard,
     )
 
 
@@ -299,6 +324,12 @@ def _predict(arguments: argparse.Namespace) -> int:
         show=arguments.show,
         top=arguments.top,
     )
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from resfast.training.export import export
+
+    return export(arguments.source, arguments.out, arguments.format)
 
 
 def _gradflow(arguments: argparse.Namespace) -> int:

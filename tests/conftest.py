@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -26,6 +27,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def warnings_format():
+    """For files that call the command line, which changes it."""
+    before = warnings.formatwarning
+    yield
+    warnings.formatwarning = before
 
 
 @pytest.fixture(params=["avx512", "avx2", "scalar"])

@@ -124,6 +124,7 @@ def test_run_folder_holds_what_it_should(run):
         "curve.png",
         "metrics.json",
         "metrics.jsonl",
+        "run.html",
     }
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
 

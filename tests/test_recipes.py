@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "warnings_format")
 RECIPES = Path(__file__).resolve().parent.parent / "docs" / "recipes"
 PAGES = sorted(p.stem for p in RECIPES.glob("*.md") if p.stem != "README")
 OWN = {"torch", "resfast"}

@@ -275,11 +275,16 @@ class Trainer:
         """The averaged weights where there are any, else the model."""
         return self.model if self.average is None else self.average.module
 
-    def evaluate(self, images: Images) -> Score:
+    def evaluate(
+        self, images: Images, keep: Callable[[Tensor], None] = lambda logits: None
+    ) -> Score:
+        """`keep` gets the logits of every batch, in the order of the images."""
         model = self.evaluated.eval()
 
         def forward(inputs: Tensor) -> Tensor:
-            return self.train_step.forward(inputs, model)
+            logits = self.train_step.forward(inputs, model)
+            keep(logits)
+            return logits
 
         return evaluate(forward, images.to(self.device), self.data.normalise)
 

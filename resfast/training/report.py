@@ -79,11 +79,12 @@ class Progress:
             self._bar = None
 
 
-def on_row(record: Callable[[dict[str, Any]], None], progress: Progress) -> Callable[..., None]:
-    """Records every row and shows those of epochs."""
+def on_row(progress: Progress, *records: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
+    """Records every row in all of `records` and shows those of epochs."""
 
     def handle(row: dict[str, Any]) -> None:
-        record(row)
+        for record in records:
+            record(row)
         if row["kind"] == "epoch":
             progress.epoch(row)
 

@@ -31,8 +31,10 @@ from resfast.training.config import (
 from resfast.training.data import load_dataset
 from resfast.training.loop import Score, Stopped, StopSignals, Trainer, TrainStep, place
 from resfast.training.model import create_for, model_names
+from resfast.training.page import PAGE, Predictions, render
 from resfast.training.predict import find_checkpoint
 from resfast.training.report import Progress, Recorder, binomial_interval, on_row, table
+from resfast.training.scalars import Scalars
 
 # Images up to this side train in one thread unless told otherwise: their steps are short, and
 # OpenMP's threads spin while they wait for each other. On a busy two-core machine two threads
@@ -48,9 +50,10 @@ def train(
     resume: Path | None = None,
     comparison: bool = True,
     quiet: bool = False,
+    tensorboard: bool = False,
 ) -> int:
     """`options` are the fields of TrainConfig the user gave. Returns the exit status."""
-    _require_modules(quiet)
+    _require_modules(quiet, tensorboard)
     state: dict[str, Any] | None = None
     if resume is not None:
         state, source = _open_run(resume)
@@ -83,7 +86,8 @@ def train(
         else:
             recorder({"kind": "start", **header})
         progress = Progress(trainer.total_steps, trainer.step, config.epochs, quiet)
-        trainer.record = on_row(recorder, progress)
+        scalars = [Scalars(folder, trainer.step)] if tensorboard else []
+        trainer.record = on_row(progress, recorder, *scalars)
         trainer.progress = progress.step
         sizes = data.sizes()
         progress.say(
@@ -102,6 +106,8 @@ def train(
             return 128 + stopped.signum
         finally:
             progress.close()
+            for each in scalars:
+                each.close()
         return _finish(trainer, folder, header, comparison, stop, quiet)
 
 
@@ -138,7 +144,8 @@ def _finish(
 ) -> int:
     best, chosen = find_checkpoint(folder)
     trainer.evaluated.load_state_dict(best["model"])
-    score = trainer.evaluate(trainer.data.test)
+    logits: list[torch.Tensor] = []
+    score = trainer.evaluate(trainer.data.test, logits.append)
     steps = None
     if comparison and stop.signum is None:
         if not quiet:
@@ -148,7 +155,10 @@ def _finish(
     metrics["test"]["checkpoint"] = chosen.name
     write_atomically(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     title = f"{trainer.config.model} on {trainer.data.name}: test accuracy {score.accuracy:.2%}"
-    draw_curves(read_metrics(folder / "metrics.jsonl"), folder / "curve.png", title)
+    rows = read_metrics(folder / "metrics.jsonl")
+    draw_curves(rows, folder / "curve.png", title)
+    predictions = Predictions.of(torch.cat(logits), trainer.data)
+    write_atomically(folder / PAGE, render(metrics, rows, predictions).encode())
     if not quiet:
         print(_summary(metrics, folder))
     return 0 if stop.signum is None else 128 + stop.signum
@@ -233,11 +243,14 @@ def _summary(metrics: dict[str, Any], folder: Path) -> str:
             ("step, eager", f"{eager} (unfused twin, channels_last)"),
             ("resfast / eager", compared["verdict"]),
         ]
-    rows.append(("run folder", f"{folder} (metrics.json, metrics.jsonl, curve.png, {BEST})"))
+    files = f"{PAGE}, metrics.json, metrics.jsonl, curve.png, {BEST}"
+    rows.append(("run folder", f"{folder} ({files})"))
     return table(rows)
 
 
-def _require_modules(quiet: bool) -> None:
+def _require_modules(quiet: bool, tensorboard: bool) -> None:
+    if tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs tensorboard: pip install tensorboard")
     needed = ["matplotlib"]
     if not quiet and sys.stderr.isatty():
         needed.append("tqdm")
