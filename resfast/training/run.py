@@ -65,7 +65,7 @@ def train(
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)
-    model = create_for(config.model, data.image_shape, len(data.classes))
+    model = create_for(config.model, data.image_shape, len(data.classes), config.fused)
     trainer = Trainer(model, data, config, device)
     folder = resume if resume is not None else _new_folder(out, config)
     recorder = Recorder(folder / "metrics.jsonl")
@@ -140,7 +140,7 @@ def _finish(
     trainer.evaluated.load_state_dict(best["model"])
     score = trainer.evaluate(trainer.data.test)
     steps = None
-    if comparison and stop.signum is None:
+    if comparison and trainer.config.fused and stop.signum is None:
         if not quiet:
             print("comparing with the unfused twin …", file=sys.stderr, flush=True)
         steps = race_with_eager(trainer, stop)
@@ -212,7 +212,11 @@ def _summary(metrics: dict[str, Any], folder: Path) -> str:
         weights = f"weights of epoch {metrics['best']['epoch']}, chosen on validation"
     where = device["name"] + (f", {device['threads']} thread(s)" if "threads" in device else "")
     rows = [
-        ("model", f"{model['name']}, {model['parameters']:,} parameters, {options['dtype']}"),
+        (
+            "model",
+            f"{model['name']}, {model['parameters']:,} parameters, {options['dtype']}"
+            + ("" if options["fused"] else ", stock layers"),
+        ),
         ("device", where),
         ("data", f"{metrics['data']['name']}, {split}"),
         (
