@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,13 @@ from resfast.benchmark.timing import Race, race, timer_for
 from resfast.diagnostics.curves import draw_curves, read_metrics
 from resfast.diagnostics.environment import device_info, now, versions
 from resfast.nn import unfused
-from resfast.training.checkpoint import BEST, CheckpointFolder, write_atomically
+from resfast.training.checkpoint import (
+    BEST,
+    CheckpointFolder,
+    WriteError,
+    write_atomically,
+    writing,
+)
 from resfast.training.config import (
     INSTALL_HINT,
     OptionError,
@@ -70,13 +77,14 @@ def train(
     folder = resume if resume is not None else _new_folder(out, config)
     recorder = Recorder(folder / "metrics.jsonl")
     trainer.folder = checkpoints = CheckpointFolder(folder)
-    with StopSignals() as stop:
+    with _telling_how_to_resume(trainer, folder), StopSignals() as stop:
         trainer.stop = stop
         header = {"options": config.to_dict(), "versions": versions(), "date": now()}
         header["device"] = device_info(device)
         if state is not None:
             trainer.load_state_dict(state)
             trainer.last_checkpoint = source
+            checkpoints.set_aside_newer_than(source)
             checkpoints.remove_leftovers()
             recorder.rewind(trainer.step, trainer.sampler.epoch)
             recorder({"kind": "resume", "step": trainer.step, **header})
@@ -148,7 +156,8 @@ def _finish(
     metrics["test"]["checkpoint"] = chosen.name
     write_atomically(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     title = f"{trainer.config.model} on {trainer.data.name}: test accuracy {score.accuracy:.2%}"
-    draw_curves(read_metrics(folder / "metrics.jsonl"), folder / "curve.png", title)
+    with writing(folder / "curve.png"):
+        draw_curves(read_metrics(folder / "metrics.jsonl"), folder / "curve.png", title)
     if not quiet:
         print(_summary(metrics, folder))
     return 0 if stop.signum is None else 128 + stop.signum
@@ -253,10 +262,24 @@ def _require_modules(quiet: bool) -> None:
 def _open_run(folder: Path) -> tuple[dict[str, Any], Path]:
     if not folder.is_dir():
         raise OptionError(f"--resume {folder}: no such folder")
-    state, path = CheckpointFolder(folder).load_latest(set_aside=True)
+    state, path = CheckpointFolder(folder).load_latest()
     if "optimizer" not in state:
         raise UserError(f"{path} holds weights only, not a run to resume")
     return state, path
+
+
+@contextlib.contextmanager
+def _telling_how_to_resume(trainer: Trainer, folder: Path) -> Iterator[None]:
+    """Adds to a WriteError what is kept in spite of it, and the command that goes on from there."""
+    try:
+        yield
+    except WriteError as error:
+        if trainer.last_checkpoint is None:
+            raise WriteError(f"{error}; no checkpoint was written yet") from error
+        raise WriteError(
+            f"{error}; kept: {trainer.last_checkpoint}; when it can be written, go on with: "
+            f"resfast train --resume {folder}"
+        ) from error
 
 
 def _resumed_config(config: TrainConfig, options: dict[str, Any]) -> TrainConfig:
@@ -276,7 +299,8 @@ def _new_folder(out: Path | None, config: TrainConfig) -> Path:
     if out is not None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise OptionError(f"--out {out} is there and not empty; --resume {out} continues it")
-        out.mkdir(parents=True, exist_ok=True)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
         return out
     name = f"{config.model}-{Path(config.data).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
     for attempt in range(1, 1000):
