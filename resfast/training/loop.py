@@ -265,13 +265,14 @@ class Trainer:
     def total_steps(self) -> int:
         return self.config.epochs * self.sampler.batches
 
-    def fit(self) -> None:
-        """Trains to the last epoch.
+    def fit(self, until: int | None = None) -> None:
+        """Trains to the last epoch, or until so many epochs are done.
 
         Raises:
             Stopped, NonFiniteError, WriteError: the checkpoints being sound.
         """
-        while self.sampler.epoch < self.config.epochs:
+        last = self.config.epochs if until is None else until
+        while self.sampler.epoch < last:
             try:
                 with self._timed():
                     self._train_epoch()
