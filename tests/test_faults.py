@@ -345,6 +345,8 @@ def lock(folder: Path) -> None:
 def test_a_folder_without_permission_is_named_and_left_as_it_is(locked, capsys, whole):
     run = locked / "run"
     shutil.copytree(whole[0], run)
+    # with permission first, so that all is imported that another user may not be able to read
+    assert call(capsys, "--resume", str(run)) == (0, "")
     (run / ".left.pt.1.tmp").touch()
     before = names(run)
     run.chmod(0o555)

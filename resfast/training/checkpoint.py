@@ -89,7 +89,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Temporary file beside `path`, flush, fsync, rename, fsync of the folder.
 
     Raises:
-        WriteError: naming `path`, which then holds what it held, with no temporary file left.
+        WriteError: naming `path`, which holds its old content or the whole new one; no temporary
+            file is left.
     """
     with writing(path):
         _replace(path, data)
