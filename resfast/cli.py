@@ -257,10 +257,12 @@ def _command(commands: Any, name: str, text: str, run: Any) -> Parser:
     return parser
 
 
-def _add_training_options(parser: Parser) -> None:
+def add_config_options(parser: Parser, without: Sequence[str] = ()) -> None:
     """One option per field of TrainConfig; only those given end up in the namespace."""
     kinds = {"int": int, "float": float, "float | None": float, "str": str}
     for option in dataclasses.fields(TrainConfig):
+        if option.name in without:
+            continue
         shown = option.metadata.get("shown", option.default)
         flag = "--" + option.name.replace("_", "-")
         text = option.metadata["help"].replace("%", "%%")
@@ -277,6 +279,16 @@ def _add_training_options(parser: Parser) -> None:
             metavar=None if "choices" in option.metadata else option.name.upper(),
             help=f"{text} (default: {shown})",
         )
+
+
+def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of TrainConfig that are on the command line."""
+    names = [option.name for option in dataclasses.fields(TrainConfig)]
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
+def _add_training_options(parser: Parser) -> None:
+    add_config_options(parser)
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="run folder (default: runs/MODEL-DATA-TIME)"
     )
@@ -300,9 +312,8 @@ def _train(arguments: argparse.Namespace) -> int:
         raise OptionError(
             "--out and --resume exclude each other: a resumed run stays in its folder"
         )
-    names = [option.name for option in dataclasses.fields(TrainConfig)]
     return train(
-        {name: getattr(arguments, name) for name in names if hasattr(arguments, name)},
+        given_options(arguments),
         out=arguments.out,
         resume=arguments.resume,
         comparison=not arguments.no_compare,

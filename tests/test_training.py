@@ -398,29 +398,6 @@ def test_checkpoint_round_trip_is_also_a_plain_torch_file(tmp_path, state):
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
-def test_every_flipped_bit_is_detected(tmp_path, state):
-    path = tmp_path / "a.pt"
-    ckpt.save(path, state)
-    good = path.read_bytes()
-    positions = [*range(0, len(good), 37), len(good) - 1, len(good) - 81, len(good) - 80]
-    for position in positions:
-        bad = bytearray(good)
-        bad[position] ^= 1 << (position % 8)
-        path.write_bytes(bad)
-        with pytest.raises(CheckpointError, match=r"a\.pt is damaged"):
-            ckpt.load(path)
-
-
-@pytest.mark.parametrize("keep", [0, 1, 79, 0.5, -1, -80])
-def test_truncated_and_empty_files_are_detected(tmp_path, state, keep):
-    path = tmp_path / "a.pt"
-    ckpt.save(path, state)
-    good = path.read_bytes()
-    path.write_bytes(good[: int(keep * len(good)) if keep == 0.5 else keep])
-    with pytest.raises(CheckpointError, match=r"a\.pt is damaged"):
-        ckpt.load(path)
-
-
 def test_foreign_files_and_missing_files_are_named(tmp_path):
     torch.save({"a": 1}, tmp_path / "plain.pt")
     with pytest.raises(CheckpointError, match=r"plain\.pt is damaged: its checksum is missing"):
@@ -445,41 +422,6 @@ def pickled_module() -> bytes:
     return buffer.getvalue()
 
 
-def test_kill_between_write_and_rename_leaves_the_old_file(tmp_path, state):
-    folder = CheckpointFolder(tmp_path)
-    folder.save(1, state)
-    script = (
-        "import os, sys, pathlib\n"
-        "from resfast.training import checkpoint\n"
-        "os.replace = lambda a, b: os._exit(137)\n"
-        "checkpoint.save(pathlib.Path(sys.argv[1]), {'step': 2})\n"
-    )
-    target = tmp_path / "checkpoint-00000001.pt"
-    killed = subprocess.run([sys.executable, "-c", script, str(target)], timeout=100)
-    assert killed.returncode == 137
-    leftovers = [p for p in tmp_path.iterdir() if p.suffix == ".tmp"]
-    assert len(leftovers) == 1
-    loaded, path = folder.load_latest()
-    assert (loaded["step"], path) == (7, target)
-    folder.remove_leftovers()
-    assert [p.name for p in tmp_path.iterdir()] == [target.name]
-
-
-def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, state, monkeypatch):
-    path = tmp_path / "a.pt"
-    ckpt.save(path, state)
-    good = path.read_bytes()
-
-    def full(fd):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        ckpt.save(path, {"step": 8})
-    assert path.read_bytes() == good
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 def test_folder_keeps_two_and_the_best(tmp_path, state):
     folder = CheckpointFolder(tmp_path)
     folder.save_best(state)
@@ -488,28 +430,6 @@ def test_folder_keeps_two_and_the_best(tmp_path, state):
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == ["best.pt", "checkpoint-00000011.pt", "checkpoint-100000000.pt"]
     assert folder.load_latest()[0]["step"] == 100_000_000
-
-
-def test_damaged_newest_falls_back_with_a_warning_and_is_set_aside(tmp_path, state):
-    folder = CheckpointFolder(tmp_path)
-    folder.save(1, state | {"step": 1})
-    newest = folder.save(2, state | {"step": 2})
-    newest.write_bytes(newest.read_bytes()[:-200])
-    with pytest.warns(UserWarning, match=r"checkpoint-00000002\.pt is damaged.*00000001\.pt"):
-        loaded, _ = folder.load_latest(set_aside=True)
-    assert loaded["step"] == 1
-    assert (tmp_path / "checkpoint-00000002.pt.damaged").exists()
-    folder.save(2, state | {"step": 2})
-    assert folder.load_latest()[0]["step"] == 2
-
-
-def test_all_damaged_or_none_is_an_error(tmp_path, state):
-    folder = CheckpointFolder(tmp_path)
-    with pytest.raises(CheckpointError, match="no checkpoint in"):
-        folder.load_latest()
-    folder.save(1, state).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"00000001\.pt is damaged.*no other checkpoint"):
-        folder.load_latest()
 
 
 def test_trainer_writes_plain_finite_checkpoints(tmp_path):

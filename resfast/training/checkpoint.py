@@ -8,6 +8,7 @@ only.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -36,6 +37,19 @@ class CheckpointError(UserError):
 
 class NonFiniteError(UserError):
     """NaN or infinity where training cannot go on."""
+
+
+class WriteError(UserError):
+    """A file that could not be written: the disk is full, a quota, no permission."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError inside becomes a WriteError that names `path` and the reason."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -72,7 +86,17 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Temporary file beside `path`, flush, fsync, rename, fsync of the folder."""
+    """Temporary file beside `path`, flush, fsync, rename, fsync of the folder.
+
+    Raises:
+        WriteError: naming `path`, which holds its old content or the whole new one; no temporary
+            file is left.
+    """
+    with writing(path):
+        _replace(path, data)
+
+
+def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -88,6 +112,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _remove(path: Path) -> None:
+    with writing(path):
+        path.unlink(missing_ok=True)
 
 
 def require_plain(value: Any, where: str = "state") -> None:
@@ -131,18 +160,15 @@ class CheckpointFolder:
         path = self.folder / f"checkpoint-{step:08d}.pt"
         save(path, state)
         for old in self.paths()[self.keep :]:
-            old.unlink(missing_ok=True)
+            _remove(old)
         return path
 
     def save_best(self, state: dict[str, Any]) -> Path:
         save(self.folder / BEST, state)
         return self.folder / BEST
 
-    def load_latest(self, set_aside: bool = False) -> tuple[dict[str, Any], Path]:
-        """The newest sound checkpoint; warns about each damaged one it passes over.
-
-        `set_aside` renames those, so that they neither come first again nor count as kept.
-        """
+    def load_latest(self) -> tuple[dict[str, Any], Path]:
+        """The newest sound checkpoint; warns about each damaged one it passes over."""
         damaged: list[str] = []
         for path in self.paths():
             try:
@@ -152,8 +178,6 @@ class CheckpointFolder:
                 continue
             for text in damaged:
                 warnings.warn(f"{text}; using {path.name} instead", stacklevel=2)
-            if set_aside:
-                self._set_aside_newer_than(path)
             return state, path
         if damaged:
             raise CheckpointError(
@@ -165,13 +189,15 @@ class CheckpointFolder:
         """Temporary files of a process that was killed while it wrote."""
         for path in self._entries():
             if path.name.startswith(".") and path.name.endswith(".tmp"):
-                path.unlink(missing_ok=True)
+                _remove(path)
 
-    def _set_aside_newer_than(self, sound: Path) -> None:
+    def set_aside_newer_than(self, sound: Path) -> None:
+        """Renames the damaged ones, so that they neither come first again nor count as kept."""
         for path in self.paths():
             if path == sound:
                 return
-            path.rename(path.with_name(path.name + ".damaged"))
+            with writing(path):
+                path.rename(path.with_name(path.name + ".damaged"))
 
     def _entries(self) -> Iterator[Path]:
         return self.folder.iterdir() if self.folder.is_dir() else iter(())

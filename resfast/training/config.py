@@ -91,6 +91,9 @@ class TrainConfig:
     max_skipped: int = _option(
         3, "steps in a row with non-finite loss or gradients that are skipped (on CPU)"
     )
+    fused: bool = _option(
+        True, "fused layers; without: the unfused twin, stock convolution, norm and ReLU"
+    )
     compile: bool = _option(False, "run the network through torch.compile")
     deterministic: bool = _option(False, "deterministic algorithms only, or an error")
     dtype: str = _option(

@@ -7,12 +7,13 @@ the order and the augmentation are functions of the position, and everything els
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,7 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from resfast.training.checkpoint import CheckpointFolder, NonFiniteError, require_finite
+from resfast.training.checkpoint import (
+    CheckpointFolder,
+    NonFiniteError,
+    WriteError,
+    require_finite,
+)
 from resfast.training.config import TrainConfig, UserError
 from resfast.training.data import Augment, Dataset, Images, SeededSampler
 from resfast.training.mix import Mix
@@ -259,16 +265,27 @@ class Trainer:
     def total_steps(self) -> int:
         return self.config.epochs * self.sampler.batches
 
-    def fit(self) -> None:
-        """Trains to the last epoch; raises Stopped or NonFiniteError, checkpoints being sound."""
-        while self.sampler.epoch < self.config.epochs:
+    def fit(self, until: int | None = None) -> None:
+        """Trains to the last epoch, or until so many epochs are done.
+
+        Raises:
+            Stopped, NonFiniteError, WriteError: the checkpoints being sound.
+        """
+        last = self.config.epochs if until is None else until
+        while self.sampler.epoch < last:
             try:
-                self._train_epoch()
+                with self._timed():
+                    self._train_epoch()
                 self._leave_if_stopped()
                 self._finish_epoch()
                 self._leave_if_stopped(saved=True)
             except NonFiniteError as error:
                 raise NonFiniteError(self._non_finite_advice(error)) from None
+            except WriteError:
+                # of the log or the best, say: what was trained until now is kept where it can be
+                with contextlib.suppress(WriteError, NonFiniteError):
+                    self.save()
+                raise
 
     @property
     def evaluated(self) -> nn.Module:
@@ -370,7 +387,6 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         self.model.train()
-        started = time.perf_counter()
         config, sampler, in_a_row = self.config, self.sampler, 0
         for indices in sampler:
             inputs, labels = self.batch(indices)
@@ -401,9 +417,16 @@ class Trainer:
             self._log_step(loss)
             if self.stop.signum is not None:
                 break
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds += time.perf_counter() - started
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        finally:
+            self.seconds += time.perf_counter() - started
 
     @torch.no_grad()
     def _move_average(self, averaged: Any, current: Any, _count: Any) -> None:
@@ -451,9 +474,10 @@ class Trainer:
             self.best["validation_accuracy"],
             -self.best["validation_loss"],
         ):
-            self.best = {k: row[k] for k in ("epoch", "validation_accuracy", "validation_loss")}
+            best = {k: row[k] for k in ("epoch", "validation_accuracy", "validation_loss")}
             if self.folder is not None:
-                self.folder.save_best(self.description())
+                self.folder.save_best(self.description() | {"best": best})
+            self.best = best  # not before it is written: else a checkpoint would tell of it
         self.sampler.next_epoch()
         self._reset_totals()
         self.save()

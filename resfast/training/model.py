@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from resfast.models import create_model, list_models
-from resfast.nn import BasicBlock, ConvBNAct
+from resfast.nn import BasicBlock, ConvBNAct, set_fused
 
 CIFAR_STEM_SIDE = 64
 NO_STEM = ("simple_resnet",)
@@ -53,8 +53,17 @@ def model_names() -> list[str]:
     return sorted({*list_models(), *SMALL})
 
 
-def create_for(name: str, image_shape: Sequence[int], classes: int) -> nn.Module:
-    """A model for images of (channels, height, width); small ones get the CIFAR stem."""
+def create_for(
+    name: str, image_shape: Sequence[int], classes: int, fused: bool = True
+) -> nn.Module:
+    """A model for images of (channels, height, width); small ones get the CIFAR stem.
+
+    ``fused=False``: the same weights and keys, run by stock layers.
+    """
+    return set_fused(_create(name, image_shape, classes), fused)
+
+
+def _create(name: str, image_shape: Sequence[int], classes: int) -> nn.Module:
     channels, height, width = image_shape
     if name in SMALL:
         return SmallResNet(*SMALL[name], in_channels=channels, num_classes=classes)

@@ -72,7 +72,7 @@ def find_checkpoint(source: Path) -> tuple[dict[str, Any], Path]:
 def restore_model(state: dict[str, Any], path: Path) -> nn.Module:
     try:
         config = TrainConfig.from_dict(state["config"])
-        model = create_for(config.model, state["image_shape"], len(state["classes"]))
+        model = create_for(config.model, state["image_shape"], len(state["classes"]), config.fused)
         model.load_state_dict(state["model"])
     except (KeyError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

@@ -9,17 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from resfast.training.checkpoint import write_atomically
+from resfast.training.checkpoint import write_atomically, writing
 
 
 class Recorder:
-    """Appends rows to metrics.jsonl; each row is on its way to disk when `__call__` returns."""
+    """Appends rows to metrics.jsonl; each row is on its way to disk when `__call__` returns.
+
+    WriteError where it cannot be written; a line cut short is dropped when the run is resumed.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __call__(self, row: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def rewind(self, step: int, epochs: int) -> None:

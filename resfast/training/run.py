@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,13 @@ from resfast.benchmark.timing import Race, race, timer_for
 from resfast.diagnostics.curves import draw_curves, read_metrics
 from resfast.diagnostics.environment import device_info, now, versions
 from resfast.nn import unfused
-from resfast.training.checkpoint import BEST, CheckpointFolder, write_atomically
+from resfast.training.checkpoint import (
+    BEST,
+    CheckpointFolder,
+    WriteError,
+    write_atomically,
+    writing,
+)
 from resfast.training.config import (
     INSTALL_HINT,
     OptionError,
@@ -68,18 +75,19 @@ def train(
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)
-    model = create_for(config.model, data.image_shape, len(data.classes))
+    model = create_for(config.model, data.image_shape, len(data.classes), config.fused)
     trainer = Trainer(model, data, config, device)
     folder = resume if resume is not None else _new_folder(out, config)
     recorder = Recorder(folder / "metrics.jsonl")
     trainer.folder = checkpoints = CheckpointFolder(folder)
-    with StopSignals() as stop:
+    with _telling_how_to_resume(trainer, folder), StopSignals() as stop:
         trainer.stop = stop
         header = {"options": config.to_dict(), "versions": versions(), "date": now()}
         header["device"] = device_info(device)
         if state is not None:
             trainer.load_state_dict(state)
             trainer.last_checkpoint = source
+            checkpoints.set_aside_newer_than(source)
             checkpoints.remove_leftovers()
             recorder.rewind(trainer.step, trainer.sampler.epoch)
             recorder({"kind": "resume", "step": trainer.step, **header})
@@ -147,7 +155,7 @@ def _finish(
     logits: list[torch.Tensor] = []
     score = trainer.evaluate(trainer.data.test, logits.append)
     steps = None
-    if comparison and stop.signum is None:
+    if comparison and trainer.config.fused and stop.signum is None:
         if not quiet:
             print("comparing with the unfused twin …", file=sys.stderr, flush=True)
         steps = race_with_eager(trainer, stop)
@@ -156,7 +164,8 @@ def _finish(
     write_atomically(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     title = f"{trainer.config.model} on {trainer.data.name}: test accuracy {score.accuracy:.2%}"
     rows = read_metrics(folder / "metrics.jsonl")
-    draw_curves(rows, folder / "curve.png", title)
+    with writing(folder / "curve.png"):
+        draw_curves(rows, folder / "curve.png", title)
     predictions = Predictions.of(torch.cat(logits), trainer.data)
     write_atomically(folder / PAGE, render(metrics, rows, predictions).encode())
     if not quiet:
@@ -222,7 +231,11 @@ def _summary(metrics: dict[str, Any], folder: Path) -> str:
         weights = f"weights of epoch {metrics['best']['epoch']}, chosen on validation"
     where = device["name"] + (f", {device['threads']} thread(s)" if "threads" in device else "")
     rows = [
-        ("model", f"{model['name']}, {model['parameters']:,} parameters, {options['dtype']}"),
+        (
+            "model",
+            f"{model['name']}, {model['parameters']:,} parameters, {options['dtype']}"
+            + ("" if options["fused"] else ", stock layers"),
+        ),
         ("device", where),
         ("data", f"{metrics['data']['name']}, {split}"),
         (
@@ -262,10 +275,24 @@ def _require_modules(quiet: bool, tensorboard: bool) -> None:
 def _open_run(folder: Path) -> tuple[dict[str, Any], Path]:
     if not folder.is_dir():
         raise OptionError(f"--resume {folder}: no such folder")
-    state, path = CheckpointFolder(folder).load_latest(set_aside=True)
+    state, path = CheckpointFolder(folder).load_latest()
     if "optimizer" not in state:
         raise UserError(f"{path} holds weights only, not a run to resume")
     return state, path
+
+
+@contextlib.contextmanager
+def _telling_how_to_resume(trainer: Trainer, folder: Path) -> Iterator[None]:
+    """Adds to a WriteError what is kept in spite of it, and the command that goes on from there."""
+    try:
+        yield
+    except WriteError as error:
+        if trainer.last_checkpoint is None:
+            raise WriteError(f"{error}; no checkpoint was written yet") from error
+        raise WriteError(
+            f"{error}; kept: {trainer.last_checkpoint}; when it can be written, go on with: "
+            f"resfast train --resume {folder}"
+        ) from error
 
 
 def _resumed_config(config: TrainConfig, options: dict[str, Any]) -> TrainConfig:
@@ -285,7 +312,8 @@ def _new_folder(out: Path | None, config: TrainConfig) -> Path:
     if out is not None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise OptionError(f"--out {out} is there and not empty; --resume {out} continues it")
-        out.mkdir(parents=True, exist_ok=True)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
         return out
     name = f"{config.model}-{Path(config.data).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
     for attempt in range(1, 1000):
