@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -19,16 +20,21 @@ from resfast.benchmark.timing import Race, race, timer_for
 from resfast.diagnostics.curves import draw_curves, read_metrics
 from resfast.diagnostics.environment import device_info, now, versions
 from resfast.nn import unfused
-from resfast.training.checkpoint import BEST, CheckpointFolder, write_atomically
+from resfast.training.checkpoint import (
+    BEST,
+    CheckpointFolder,
+    NonFiniteError,
+    write_atomically,
+)
 from resfast.training.config import (
     INSTALL_HINT,
     OptionError,
     TrainConfig,
     UserError,
     check_model,
-    resolve_device,
 )
 from resfast.training.data import load_dataset
+from resfast.training.distributed import Ranks, job, join
 from resfast.training.loop import Score, Stopped, StopSignals, Trainer, TrainStep, place
 from resfast.training.model import create_for, model_names
 from resfast.training.predict import find_checkpoint
@@ -38,7 +44,7 @@ from resfast.training.report import Progress, Recorder, binomial_interval, on_ro
 # OpenMP's threads spin while they wait for each other. On a busy two-core machine two threads
 # trained at 29 and 109 images/s, one at 1,450 and 937.
 SMALL_SIDE = 16
-RESUMABLE = ("epochs", "device", "threads", "data")
+RESUMABLE = ("epochs", "device", "threads", "data", "save_every")
 
 
 def train(
@@ -49,41 +55,80 @@ def train(
     comparison: bool = True,
     quiet: bool = False,
 ) -> int:
-    """`options` are the fields of TrainConfig the user gave. Returns the exit status."""
-    _require_modules(quiet)
+    """`options` are the fields of TrainConfig the user gave. Returns the exit status.
+
+    Under torchrun every process calls it; rank 0 alone writes and prints.
+    """
+    ranks = join()
+    if ranks.rank:
+        quiet = True
+        warnings.simplefilter("ignore")  # rank 0 gives the same
+    with ranks.contact():
+        return _train(ranks, options, out, resume, comparison and ranks.size == 1, quiet)
+
+
+def _train(
+    ranks: Ranks,
+    options: dict[str, Any],
+    out: Path | None,
+    resume: Path | None,
+    comparison: bool,
+    quiet: bool,
+) -> int:
+    first = ranks.rank == 0
     state: dict[str, Any] | None = None
-    if resume is not None:
-        state, source = _open_run(resume)
-        config = _resumed_config(TrainConfig.from_dict(state["config"]), options)
-    else:
-        config = TrainConfig(**options).validate()
-    check_model(config.model, model_names())
-    device = resolve_device(config.device)
-    data = load_dataset(config)
+    source: Path | None = None
+    with ranks.together():
+        _require_modules(quiet)
+        if first and out is not None and _is_of_this_job(out) and CheckpointFolder(out).paths():
+            resume = out
+        if first and resume is not None:
+            state, source = _open_run(resume)
+    resume, state, source = ranks.share((resume, state, source))
+    with ranks.together():
+        if state is not None:
+            config = _resumed_config(TrainConfig.from_dict(state["config"]), options)
+        else:
+            config = TrainConfig(**options).validate()
+        check_model(config.model, model_names())
+        ranks.check(config)
+        device = ranks.device(config.device)
+        data = load_dataset(config)
     if threads := config.threads or (max(data.image_shape[1:]) <= SMALL_SIDE):
         torch.set_num_threads(int(threads))
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)
-    model = create_for(config.model, data.image_shape, len(data.classes))
-    trainer = Trainer(model, data, config, device)
-    folder = resume if resume is not None else _new_folder(out, config)
-    recorder = Recorder(folder / "metrics.jsonl")
-    trainer.folder = checkpoints = CheckpointFolder(folder)
+    with ranks.together():  # what can fail here fails on every rank
+        model = create_for(config.model, data.image_shape, len(data.classes))
+        trainer = Trainer(model, data, config, device, ranks=ranks)
+    fingerprint = ranks.share(trainer.fingerprint)
+    folder = resume
+    with ranks.together():
+        if trainer.fingerprint != fingerprint:
+            raise UserError(f"the data ({data.name}) is not what rank 0 has")
+        if first and folder is None:
+            folder = _new_folder(out, config)
+    folder = ranks.share(folder)
     with StopSignals() as stop:
         trainer.stop = stop
-        header = {"options": config.to_dict(), "versions": versions(), "date": now()}
-        header["device"] = device_info(device)
+        header: dict[str, Any] = {"options": config.to_dict(), "versions": versions()}
+        header |= {"date": now(), "device": device_info(device), "ranks": ranks.size, "job": job()}
         if state is not None:
-            trainer.load_state_dict(state)
+            with ranks.together():
+                trainer.load_state_dict(state)
             trainer.last_checkpoint = source
-            checkpoints.remove_leftovers()
-            recorder.rewind(trainer.step, trainer.sampler.epoch)
-            recorder({"kind": "resume", "step": trainer.step, **header})
-        else:
-            recorder({"kind": "start", **header})
         progress = Progress(trainer.total_steps, trainer.step, config.epochs, quiet)
-        trainer.record = on_row(recorder, progress)
+        if first:
+            recorder = Recorder(folder / "metrics.jsonl")
+            trainer.folder = CheckpointFolder(folder)
+            trainer.folder.remove_leftovers()
+            recorder.rewind(trainer.step, trainer.sampler.epoch)
+            if state is not None:
+                recorder({"kind": "resume", "step": trainer.step, **header})
+            else:
+                recorder({"kind": "start", **header})
+            trainer.record = on_row(recorder, progress)
         trainer.progress = progress.step
         sizes = data.sizes()
         progress.say(
@@ -94,14 +139,26 @@ def train(
             trainer.fit()
         except Stopped as stopped:
             progress.close()
-            print(
-                f"resfast train: {stopped} at step {trainer.step:,} of {trainer.total_steps:,}; "
-                f"saved {trainer.last_checkpoint}; go on with: resfast train --resume {folder}",
-                file=sys.stderr,
-            )
+            if first:
+                print(
+                    f"resfast train: {stopped} at step {trainer.step:,} of "
+                    f"{trainer.total_steps:,}; saved {trainer.last_checkpoint}; go on with: "
+                    f"resfast train --resume {folder}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            ranks.leave()
             return 128 + stopped.signum
+        except NonFiniteError as error:
+            if first:
+                raise
+            return error.exit_code  # all ranks have the same error
         finally:
             progress.close()
+        ranks.leave()
+        if not first:
+            return 0
+        trainer.ranks = Ranks()
         return _finish(trainer, folder, header, comparison, stop, quiet)
 
 
@@ -259,7 +316,7 @@ def _resumed_config(config: TrainConfig, options: dict[str, Any]) -> TrainConfig
     for name, value in options.items():
         if name not in RESUMABLE and value != getattr(config, name):
             option = "--" + name.replace("_", "-")
-            may = ", ".join("--" + n for n in RESUMABLE)
+            may = ", ".join("--" + n.replace("_", "-") for n in RESUMABLE)
             raise OptionError(
                 f"{option} cannot change in a resumed run (it has {getattr(config, name)}); "
                 f"only {may} can"
@@ -268,9 +325,20 @@ def _resumed_config(config: TrainConfig, options: dict[str, Any]) -> TrainConfig
     return dataclasses.replace(config, **changed).validate()
 
 
+def _is_of_this_job(folder: Path) -> bool:
+    """Whether the torchrun that started this process started the run in the folder, too."""
+    try:
+        with (folder / "metrics.jsonl").open() as file:
+            begun = json.loads(file.readline())
+    except (OSError, ValueError):
+        return False
+    return job() is not None and begun.get("job") == job()
+
+
 def _new_folder(out: Path | None, config: TrainConfig) -> Path:
     if out is not None:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        if taken and not _is_of_this_job(out):
             raise OptionError(f"--out {out} is there and not empty; --resume {out} continues it")
         out.mkdir(parents=True, exist_ok=True)
         return out
