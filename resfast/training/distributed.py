@@ -158,8 +158,19 @@ def join() -> Ranks:
     if not launched or os.environ["WORLD_SIZE"] == "1":
         return Ranks()
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=TIMEOUT)
-    return Ranks(dist.get_rank(), dist.get_world_size())
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        # torchrun's plain rendezvous keeps its store over a restart, with the addresses of the
+        # dead. Machines may have started again unequally often, but of several each start is new.
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if nccl else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=TIMEOUT,
+    )
+    return Ranks(rank, size)
 
 
 def job() -> str | None:
