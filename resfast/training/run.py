@@ -332,7 +332,7 @@ def _is_of_this_job(folder: Path) -> bool:
             begun = json.loads(file.readline())
     except (OSError, ValueError):
         return False
-    return job() is not None and begun.get("job") == job()
+    return job() is not None and isinstance(begun, dict) and begun.get("job") == job()
 
 
 def _new_folder(out: Path | None, config: TrainConfig) -> Path:
