@@ -384,7 +384,6 @@ def test_two_ranks_give_the_curve_of_one_process(whole, tmp_path, monkeypatch):
     band = (alone.amax(0) - alone.amin(0)).cummax(0).values
     allowed = SINGLE_FACTOR * band + FLOOR_ULPS * 2.0**-24 * alone[0]
     distance = (alone - ours).abs().amin(0)
-    print(band)
     assert ours[-1] < 0.5 * ours[0], "it does not learn"
     assert (distance <= allowed).all(), f"distance {distance}\nallowed {allowed}"
     assert allowed.max() < 0.05, f"a band so wide proves nothing: {allowed}"
@@ -427,6 +426,15 @@ def test_a_signal_to_one_process_stops_the_run_which_one_alone_can_end(whole, tm
     assert [row["ranks"] for row in read_rows(folder) if "ranks" in row] == [2, 1]
     # rounding apart, whose size the test of the whole curve knows
     assert curve(folder) == pytest.approx(curve(whole[0]), rel=0.02)
+
+
+def test_an_option_that_cannot_work_is_told_once(tmp_path):
+    done = torchrun(tmp_path / "run", "--batch-size", "5000")
+    assert done.returncode == 1
+    assert done.stderr.count("resfast train: error:") == 1
+    assert "--batch-size 5000 is more than the 1259 training images" in done.stderr
+    assert re.search(r"exitcode\s*: 2", done.stderr), done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 # ---- whose run it is

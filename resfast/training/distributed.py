@@ -151,6 +151,15 @@ class Ranks:
             dist.barrier()
             dist.destroy_process_group()
 
+    def drop(self) -> None:
+        """Ends the group on this rank alone, after an error.
+
+        Gloo's threads may abort a process that ends with them running; NCCL's would wait here for
+        ranks that are dead.
+        """
+        if self.size > 1 and dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()
+
 
 def join() -> Ranks:
     """The ranks of this torchrun job, over gloo, and NCCL where there are GPUs; else one alone."""

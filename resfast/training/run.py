@@ -63,8 +63,12 @@ def train(
     if ranks.rank:
         quiet = True
         warnings.simplefilter("ignore")  # rank 0 gives the same
-    with ranks.contact():
-        return _train(ranks, options, out, resume, comparison and ranks.size == 1, quiet)
+    try:
+        with ranks.contact():
+            return _train(ranks, options, out, resume, comparison and ranks.size == 1, quiet)
+    except BaseException:
+        ranks.drop()
+        raise
 
 
 def _train(
@@ -150,9 +154,10 @@ def _train(
             ranks.leave()
             return 128 + stopped.signum
         except NonFiniteError as error:
+            ranks.leave()  # all have the same error
             if first:
                 raise
-            return error.exit_code  # all ranks have the same error
+            return error.exit_code
         finally:
             progress.close()
         ranks.leave()
