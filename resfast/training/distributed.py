@@ -26,7 +26,7 @@ TIMEOUT = datetime.timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, `rank` of `size`. Every method but `part` is for all ranks to call together.
+    """This process, `rank` of `size`. Methods that communicate are for all ranks to call together.
 
     Alone, it talks to nobody, and hands back what it gets.
     """
@@ -37,6 +37,13 @@ class Ranks:
     def part(self, batch: Tensor) -> Tensor:
         """This rank's rows of a batch; ranks have equally many, or the first ones one more."""
         return batch.tensor_split(self.size)[self.rank] if self.size > 1 else batch
+
+    def rows(self, batch: Tensor, parts: int) -> list[Tensor]:
+        """This rank's rows of each part of a batch.
+
+        Parts are of equal size, or one more: none may be left with a single image.
+        """
+        return [self.part(part) for part in batch.tensor_split(parts)]
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all ranks, the same bits on each."""

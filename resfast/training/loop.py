@@ -100,7 +100,7 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean loss, logits of the rows that `own` gives).
+        """(mean loss, logits of this rank's rows).
 
         ``targets``: labels ``[N]``, or probabilities ``[N, classes]``.
 
@@ -114,9 +114,9 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         losses: list[Tensor] = []
         outputs: list[Tensor] = []
-        parts = zip(self.own(inputs), self.own(targets), strict=True)
+        own = (self.ranks.rows(batch, self.parts) for batch in (inputs, targets))
         try:
-            for number, (x, target) in enumerate(parts, 1):
+            for number, (x, target) in enumerate(zip(*own, strict=True), 1):
                 with self._gradients_stay_here(number < self.parts):
                     logits = self.forward(x)
                     loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
@@ -141,13 +141,6 @@ class TrainStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return torch.stack(losses).sum(), torch.cat(outputs)
-
-    def own(self, batch: Tensor) -> list[Tensor]:
-        """This rank's rows of each part of a batch.
-
-        Parts are of equal size, or one more: none may be left with a single image.
-        """
-        return [self.ranks.part(part) for part in batch.tensor_split(self.parts)]
 
     def _gradients_stay_here(self, here: bool) -> contextlib.AbstractContextManager[None]:
         """Those of all parts are summed over the ranks at once, after the last one."""
@@ -432,7 +425,7 @@ class Trainer:
             if self.average is not None:
                 self.average.update_parameters(self.model)
             self._totals["loss"] += loss
-            right = logits.argmax(1) == torch.cat(self.train_step.own(labels))
+            right = logits.argmax(1) == torch.cat(self.ranks.rows(labels, config.accumulate))
             self._totals["correct"] += self.ranks.sum(right.sum())
             self._totals["images"] += len(labels)
             self._totals["steps"] += 1
