@@ -31,6 +31,7 @@ EXAMPLES = {
   resfast train --optimizer sgd --lr 0.05 --l2 5e-4 --seed 1
   resfast train --data photos/ --model resnet34 --dtype bfloat16 --flip
   resfast train --resume runs/NAME --epochs 24
+  torchrun --nproc-per-node 2 -m resfast.cli train --sync-bn --out runs/two
 Ctrl-C saves a checkpoint first. Exit status: 0 done, 1 failed, 2 bad options, 130 stopped.""",
     "predict": """examples:
   resfast predict runs/NAME

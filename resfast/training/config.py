@@ -53,7 +53,7 @@ class TrainConfig:
     bad_files: str = _option(
         "fail", "files that cannot be read: fail, or skip (named and counted)", choices=BAD_FILES
     )
-    batch_size: int = _option(64, "images per step")
+    batch_size: int = _option(64, "images per step, over all processes")
     epochs: int = _option(30, "passes over the training images")
     accumulate: int = _option(
         1, "parts a step's images go through the network in, one after the other"
@@ -96,6 +96,10 @@ class TrainConfig:
     )
     compile: bool = _option(False, "run the network through torch.compile")
     deterministic: bool = _option(False, "deterministic algorithms only, or an error")
+    sync_bn: bool = _option(
+        False, "under torchrun: statistics of norms over all processes' images, not each its own"
+    )
+    save_every: int = _option(0, "steps between checkpoints, beside those of epochs; 0: none")
     dtype: str = _option(
         "float32",
         "precision of activations (autocast); float16 also scales the loss",
@@ -129,6 +133,7 @@ class TrainConfig:
                 "a part, and BatchNorm needs more than one"
             )
         _at_least("--max-skipped", self.max_skipped, 0)
+        _at_least("--save-every", self.save_every, 0)
         for name in ("l1", "l2", "clip", "mixup", "cutmix"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):

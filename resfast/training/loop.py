@@ -32,6 +32,7 @@ from resfast.training.checkpoint import (
 )
 from resfast.training.config import TrainConfig, UserError
 from resfast.training.data import Augment, Dataset, Images, SeededSampler
+from resfast.training.distributed import Ranks
 from resfast.training.mix import Mix
 
 if TYPE_CHECKING:
@@ -79,12 +80,20 @@ class TrainStep:
     The objective is mean cross-entropy + l1·Σ|w|; l2 is the optimizer's weight decay, so the
     gradient becomes dCE/dw + l1·sign(w) + l2·w (AdamW: decoupled). l1 touches convolution and
     linear weights only, and so does l2 unless asked otherwise. The returned loss is the
-    cross-entropy alone.
+    cross-entropy alone. Of several ranks each takes its part of the batch.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        device: torch.device,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.ranks = ranks or Ranks()
         self.model = model
-        self.network = torch.compile(model) if config.compile else model
+        self.parallel = self.ranks.wrap(model, device, config.sync_bn)
+        self.network = torch.compile(self.parallel) if config.compile else self.parallel
         self.device = device
         self.dtype = getattr(torch, config.dtype)
         self.l1 = config.l1
@@ -96,10 +105,13 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean loss, logits). ``targets``: labels ``[N]``, or probabilities ``[N, classes]``.
+        """(mean loss, logits of this rank's rows).
+
+        ``targets``: labels ``[N]``, or probabilities ``[N, classes]``.
 
         Raises:
-            NonFiniteError: on CPU, of a loss or gradient; the model is then as it was before.
+            NonFiniteError: on CPU, of any rank's loss or gradient; the model is then as it was
+                before.
         """
         # reading a value waits for a GPU, so there the loop looks at the loss now and then
         checked = self.device.type == "cpu"
@@ -107,20 +119,23 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         losses: list[Tensor] = []
         outputs: list[Tensor] = []
-        # parts of equal size, or one more: none may be left with a single image
-        parts = zip(inputs.tensor_split(self.parts), targets.tensor_split(self.parts), strict=True)
+        own = (self.ranks.rows(batch, self.parts) for batch in (inputs, targets))
         try:
-            for x, target in parts:
-                logits = self.forward(x)
-                loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
-                objective = loss = loss * (len(x) / len(inputs))
-                if self.l1 and not losses:
-                    objective = loss + self.l1 * sum(w.abs().sum() for w in self.penalised)
-                if checked:
-                    require_finite_loss(objective)
-                self.scaler.scale(objective).backward()
-                losses.append(loss.detach())
+            for number, (x, target) in enumerate(zip(*own, strict=True), 1):
+                with self._gradients_stay_here(number < self.parts):
+                    logits = self.forward(x)
+                    loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+                    # times size, for gradients become the mean over the ranks
+                    loss = loss * (len(x) / len(inputs) * self.ranks.size)
+                    penalty: Tensor | float = 0.0
+                    if self.l1 and not losses:
+                        penalty = self.l1 * sum(w.abs().sum() for w in self.penalised)
+                    losses.append(self.ranks.sum(loss.detach()) / self.ranks.size)
+                    if checked:
+                        require_finite_loss(losses[-1] + penalty)
+                    self.scaler.scale(loss + penalty).backward()
                 outputs.append(logits.detach())
+            # from here on all ranks have the same: gradients are the sum over them
             if self.clip:
                 self.scaler.unscale_(self.optimizer)
             self._clip(checked and not self.scaler.is_enabled())
@@ -131,6 +146,12 @@ class TrainStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return torch.stack(losses).sum(), torch.cat(outputs)
+
+    def _gradients_stay_here(self, here: bool) -> contextlib.AbstractContextManager[None]:
+        """Those of all parts are summed over the ranks at once, after the last one."""
+        if here and isinstance(self.parallel, nn.parallel.DistributedDataParallel):
+            return self.parallel.no_sync()
+        return contextlib.nullcontext()
 
     def _clip(self, checked: bool) -> None:
         if not (self.clip or checked):
@@ -219,7 +240,8 @@ def evaluate(
 class Trainer:
     """Trains `model` on `data`; `record` gets one dict per logged step and per epoch.
 
-    `folder` None keeps no checkpoints. `stop` is looked at after every step.
+    `folder` None keeps no checkpoints. `stop` is looked at after every step; of several `ranks`
+    all stop when one is asked to. Only rank 0 has a `folder`.
     """
 
     def __init__(
@@ -233,8 +255,10 @@ class Trainer:
         record: Callable[[dict[str, Any]], None] = lambda row: None,
         progress: Callable[[int, float | None], None] = lambda step, loss: None,
         stop: StopSignals | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.device = device or torch.device("cpu")
+        self.ranks = ranks or Ranks()
         self.config = config
         self.data = data
         self.folder = folder
@@ -242,7 +266,7 @@ class Trainer:
         self.progress = progress
         self.stop = stop or StopSignals()
         self.model = place(model, self.device)
-        self.train_step = TrainStep(self.model, config, self.device)
+        self.train_step = TrainStep(self.model, config, self.device, self.ranks)
         self.train_images = data.train.to(self.device)
         self.sampler = SeededSampler(len(data.train), config.batch_size, config.seed)
         shift = config.shift if config.shift >= 0 else data.image_shape[2] // 8
@@ -295,7 +319,10 @@ class Trainer:
     def evaluate(
         self, images: Images, keep: Callable[[Tensor], None] = lambda logits: None
     ) -> Score:
-        """`keep` gets the logits of every batch, in the order of the images."""
+        """Each rank looks at its part, all get the score of the whole.
+
+        `keep` gets the logits of each batch of this rank's part, in the order of the images.
+        """
         model = self.evaluated.eval()
 
         def forward(inputs: Tensor) -> Tensor:
@@ -303,7 +330,15 @@ class Trainer:
             keep(logits)
             return logits
 
-        return evaluate(forward, images.to(self.device), self.data.normalise)
+        shared = 1 < self.ranks.size <= len(images)
+        if shared:
+            images = images.select(self.ranks.part(torch.arange(len(images))))
+        score = evaluate(forward, images.to(self.device), self.data.normalise)
+        if not shared:
+            return score
+        sums = torch.tensor([score.loss * score.images, score.correct, score.images]).double()
+        loss, correct, count = self.ranks.sum(sums).tolist()
+        return Score(loss / count, int(correct), int(count))
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Augmented, normalised inputs and labels of the sampler's current batch."""
@@ -389,6 +424,7 @@ class Trainer:
         self.model.train()
         config, sampler, in_a_row = self.config, self.sampler, 0
         for indices in sampler:
+            self.ranks.seed(config.seed, self.step)
             inputs, labels = self.batch(indices)
             inputs, targets = self.mix(inputs, labels, sampler.epoch, sampler.batch)
             self.train_step.set_lr(
@@ -403,7 +439,7 @@ class Trainer:
                 self.step += 1
                 self.skipped += 1
                 self.record({"kind": "skip", "step": self.step, "reason": str(error)})
-                if self.stop.signum is not None:
+                if self._signum() is not None:
                     break
                 continue
             in_a_row = 0
@@ -411,11 +447,14 @@ class Trainer:
             if self.average is not None:
                 self.average.update_parameters(self.model)
             self._totals["loss"] += loss
-            self._totals["correct"] += (logits.argmax(1) == labels).sum()
+            right = logits.argmax(1) == torch.cat(self.ranks.rows(labels, config.accumulate))
+            self._totals["correct"] += self.ranks.sum(right.sum())
             self._totals["images"] += len(labels)
             self._totals["steps"] += 1
             self._log_step(loss)
-            if self.stop.signum is not None:
+            if config.save_every and self.step % config.save_every == 0:
+                self.save()
+            if self._signum() is not None:
                 break
 
     @contextlib.contextmanager
@@ -452,6 +491,9 @@ class Trainer:
             self.record({"kind": "step", "step": self.step, "loss": float(loss), "lr": lr})
 
     def _finish_epoch(self) -> None:
+        for module in (self.model, self.average):
+            # without --sync-bn each rank has its own running statistics: rank 0's are kept
+            self.ranks.equalise([] if module is None else module.buffers())
         self._require_finite()
         if not float(self._totals["steps"]):
             raise NonFiniteError("no step of the epoch had a finite loss")
@@ -483,10 +525,15 @@ class Trainer:
         self.save()
 
     def _leave_if_stopped(self, saved: bool = False) -> None:
-        if self.stop.signum is not None and self.sampler.epoch < self.config.epochs:
+        signum = self._signum()
+        if signum is not None and self.sampler.epoch < self.config.epochs:
             if not saved:
                 self.save()
-            raise Stopped(self.stop.signum)
+            raise Stopped(signum)
+
+    def _signum(self) -> int | None:
+        """The signal that any rank has got: all leave after the same step."""
+        return self.ranks.highest(self.stop.signum or 0) or None
 
     def _require_finite(self) -> None:
         require_finite_loss(torch.as_tensor(self._totals["loss"]))

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from resfast.nn import unfused
 from resfast.training.checkpoint import (
     BEST,
     CheckpointFolder,
+    NonFiniteError,
     WriteError,
     write_atomically,
     writing,
@@ -33,9 +35,9 @@ from resfast.training.config import (
     TrainConfig,
     UserError,
     check_model,
-    resolve_device,
 )
 from resfast.training.data import load_dataset
+from resfast.training.distributed import Ranks, job, join
 from resfast.training.loop import Score, Stopped, StopSignals, Trainer, TrainStep, place
 from resfast.training.model import create_for, model_names
 from resfast.training.page import PAGE, Predictions, render
@@ -47,7 +49,7 @@ from resfast.training.scalars import Scalars
 # OpenMP's threads spin while they wait for each other. On a busy two-core machine two threads
 # trained at 29 and 109 images/s, one at 1,450 and 937.
 SMALL_SIDE = 16
-RESUMABLE = ("epochs", "device", "threads", "data")
+RESUMABLE = ("epochs", "device", "threads", "data", "save_every")
 
 
 def train(
@@ -59,43 +61,91 @@ def train(
     quiet: bool = False,
     tensorboard: bool = False,
 ) -> int:
-    """`options` are the fields of TrainConfig the user gave. Returns the exit status."""
-    _require_modules(quiet, tensorboard)
+    """`options` are the fields of TrainConfig the user gave. Returns the exit status.
+
+    Under torchrun every process calls it; rank 0 alone writes and prints.
+    """
+    ranks = join()
+    if ranks.rank:
+        quiet = True
+        warnings.simplefilter("ignore")  # rank 0 gives the same
+    try:
+        with ranks.contact():
+            alone = ranks.size == 1
+            return _train(ranks, options, out, resume, comparison and alone, quiet, tensorboard)
+    except BaseException:
+        ranks.drop()
+        raise
+
+
+def _train(
+    ranks: Ranks,
+    options: dict[str, Any],
+    out: Path | None,
+    resume: Path | None,
+    comparison: bool,
+    quiet: bool,
+    tensorboard: bool,
+) -> int:
+    first = ranks.rank == 0
     state: dict[str, Any] | None = None
-    if resume is not None:
-        state, source = _open_run(resume)
-        config = _resumed_config(TrainConfig.from_dict(state["config"]), options)
-    else:
-        config = TrainConfig(**options).validate()
-    check_model(config.model, model_names())
-    device = resolve_device(config.device)
-    data = load_dataset(config)
+    source: Path | None = None
+    with ranks.together():
+        _require_modules(quiet, tensorboard)
+        if first and out is not None and _is_of_this_job(out) and CheckpointFolder(out).paths():
+            resume = out
+        if first and resume is not None:
+            state, source = _open_run(resume)
+    resume, state, source = ranks.share((resume, state, source))
+    with ranks.together():
+        if state is not None:
+            config = _resumed_config(TrainConfig.from_dict(state["config"]), options)
+        else:
+            config = TrainConfig(**options).validate()
+        check_model(config.model, model_names())
+        ranks.check(config)
+        device = ranks.device(config.device)
+        data = load_dataset(config)
     if threads := config.threads or (max(data.image_shape[1:]) <= SMALL_SIDE):
         torch.set_num_threads(int(threads))
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)
-    model = create_for(config.model, data.image_shape, len(data.classes), config.fused)
-    trainer = Trainer(model, data, config, device)
-    folder = resume if resume is not None else _new_folder(out, config)
-    recorder = Recorder(folder / "metrics.jsonl")
-    trainer.folder = checkpoints = CheckpointFolder(folder)
+    with ranks.together():  # what can fail here fails on every rank
+        model = create_for(config.model, data.image_shape, len(data.classes), config.fused)
+        trainer = Trainer(model, data, config, device, ranks=ranks)
+    fingerprint = ranks.share(trainer.fingerprint)
+    folder = resume
+    with ranks.together():
+        if trainer.fingerprint != fingerprint:
+            raise UserError(f"the data ({data.name}) is not what rank 0 has")
+        if first and folder is None:
+            folder = _new_folder(out, config)
+    folder = ranks.share(folder)
+    scalars: list[Scalars] = []
     with _telling_how_to_resume(trainer, folder), StopSignals() as stop:
         trainer.stop = stop
-        header = {"options": config.to_dict(), "versions": versions(), "date": now()}
-        header["device"] = device_info(device)
+        header: dict[str, Any] = {"options": config.to_dict(), "versions": versions()}
+        header |= {"date": now(), "device": device_info(device), "ranks": ranks.size, "job": job()}
         if state is not None:
-            trainer.load_state_dict(state)
+            with ranks.together():
+                trainer.load_state_dict(state)
             trainer.last_checkpoint = source
-            checkpoints.set_aside_newer_than(source)
+        progress = Progress(trainer.total_steps, trainer.step, config.epochs, quiet)
+        if first:
+            recorder = Recorder(folder / "metrics.jsonl")
+            trainer.folder = checkpoints = CheckpointFolder(folder)
+            if source is not None:
+                checkpoints.set_aside_newer_than(source)
             checkpoints.remove_leftovers()
             recorder.rewind(trainer.step, trainer.sampler.epoch)
-            recorder({"kind": "resume", "step": trainer.step, **header})
-        else:
-            recorder({"kind": "start", **header})
-        progress = Progress(trainer.total_steps, trainer.step, config.epochs, quiet)
-        scalars = [Scalars(folder, trainer.step)] if tensorboard else []
-        trainer.record = on_row(progress, recorder, *scalars)
+            if state is None:
+                recorder({"kind": "start", **header})
+            else:
+                recorder({"kind": "resume", "step": trainer.step, **header})
+            if tensorboard:
+                scalars.append(Scalars(folder, trainer.step))
+            trainer.record = on_row(progress, recorder, *scalars)
         trainer.progress = progress.step
         sizes = data.sizes()
         progress.say(
@@ -106,16 +156,29 @@ def train(
             trainer.fit()
         except Stopped as stopped:
             progress.close()
-            print(
-                f"resfast train: {stopped} at step {trainer.step:,} of {trainer.total_steps:,}; "
-                f"saved {trainer.last_checkpoint}; go on with: resfast train --resume {folder}",
-                file=sys.stderr,
-            )
+            if first:
+                print(
+                    f"resfast train: {stopped} at step {trainer.step:,} of "
+                    f"{trainer.total_steps:,}; saved {trainer.last_checkpoint}; go on with: "
+                    f"resfast train --resume {folder}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            ranks.leave()
             return 128 + stopped.signum
+        except NonFiniteError as error:
+            ranks.leave()  # all have the same error
+            if first:
+                raise
+            return error.exit_code
         finally:
             progress.close()
             for each in scalars:
                 each.close()
+        ranks.leave()
+        if not first:
+            return 0
+        trainer.ranks = Ranks()
         return _finish(trainer, folder, header, comparison, stop, quiet)
 
 
@@ -299,7 +362,7 @@ def _resumed_config(config: TrainConfig, options: dict[str, Any]) -> TrainConfig
     for name, value in options.items():
         if name not in RESUMABLE and value != getattr(config, name):
             option = "--" + name.replace("_", "-")
-            may = ", ".join("--" + n for n in RESUMABLE)
+            may = ", ".join("--" + n.replace("_", "-") for n in RESUMABLE)
             raise OptionError(
                 f"{option} cannot change in a resumed run (it has {getattr(config, name)}); "
                 f"only {may} can"
@@ -308,9 +371,20 @@ def _resumed_config(config: TrainConfig, options: dict[str, Any]) -> TrainConfig
     return dataclasses.replace(config, **changed).validate()
 
 
+def _is_of_this_job(folder: Path) -> bool:
+    """Whether the torchrun that started this process started the run in the folder, too."""
+    try:
+        with (folder / "metrics.jsonl").open() as file:
+            begun = json.loads(file.readline())
+    except (OSError, ValueError):
+        return False
+    return job() is not None and isinstance(begun, dict) and begun.get("job") == job()
+
+
 def _new_folder(out: Path | None, config: TrainConfig) -> Path:
     if out is not None:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        if taken and not _is_of_this_job(out):
             raise OptionError(f"--out {out} is there and not empty; --resume {out} continues it")
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
