@@ -240,19 +240,20 @@ def _command(commands: Any, name: str, text: str, run: Any) -> Parser:
 
 def _add_training_options(parser: Parser) -> None:
     """One option per field of TrainConfig; only those given end up in the namespace."""
-    kinds = {"int": int, "float": float, "float | None": float, "str": str}
+    kinds = {"int": int, "float": float, "str": str}
     for option in dataclasses.fields(TrainConfig):
         shown = option.metadata.get("shown", option.default)
         flag = "--" + option.name.replace("_", "-")
         text = option.metadata["help"].replace("%", "%%")
-        if option.type == "bool":
+        kind = str(option.type).removesuffix(" | None")
+        if kind == "bool":
             parser.add_argument(
                 flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
             )
             continue
         parser.add_argument(
             flag,
-            type=kinds[str(option.type)],
+            type=kinds[kind],
             default=argparse.SUPPRESS,
             choices=option.metadata.get("choices"),
             metavar=None if "choices" in option.metadata else option.name.upper(),

@@ -38,7 +38,7 @@ from resfast.training.report import Progress, Recorder, binomial_interval, on_ro
 # OpenMP's threads spin while they wait for each other. On a busy two-core machine two threads
 # trained at 29 and 109 images/s, one at 1,450 and 937.
 SMALL_SIDE = 16
-RESUMABLE = ("epochs", "device", "threads", "data")
+RESUMABLE = ("epochs", "device", "threads", "data", "workers", "bad_files")
 
 
 def train(
@@ -60,6 +60,8 @@ def train(
     check_model(config.model, model_names())
     device = resolve_device(config.device)
     data = load_dataset(config)
+    # what is written down is what happened, wherever the limit lies later
+    config = config.resolved(streamed=data.workers is not None)
     if threads := config.threads or (max(data.image_shape[1:]) <= SMALL_SIDE):
         torch.set_num_threads(int(threads))
     if config.deterministic:
@@ -88,7 +90,8 @@ def train(
         sizes = data.sizes()
         progress.say(
             f"{config.model} on {data.name}: {sizes['train']:,} training, "
-            f"{sizes['validation']:,} validation, {sizes['test']:,} test images; {folder}"
+            f"{sizes['validation']:,} validation, {sizes['test']:,} test images"
+            f"{'' if data.workers is None else f', streamed by --workers {data.workers}'}; {folder}"
         )
         try:
             trainer.fit()
@@ -171,6 +174,7 @@ def _metrics(
             "image_shape": list(data.image_shape),
             "sizes": data.sizes(),
             "skipped_files": data.skipped,
+            "workers": data.workers,
             "fingerprint": trainer.fingerprint,
         },
         "test": {
@@ -185,6 +189,7 @@ def _metrics(
             "epochs": trainer.sampler.epoch,
             "steps": trainer.step,
             "seconds": trainer.seconds,
+            "waiting_share": trainer.waited / trainer.seconds,
             "images_per_second": trainer.step * config.batch_size / trainer.seconds,
         },
         "comparison": None if steps is None else _comparison(steps, config.batch_size),
@@ -225,6 +230,7 @@ def _summary(metrics: dict[str, Any], folder: Path) -> str:
             f"{training['images_per_second']:,.0f} images/s over {training['seconds']:.1f} s "
             f"({training['epochs']} epochs, augmentation included)",
         ),
+        ("waiting for data", f"{100 * training['waiting_share']:.0f} % of the training's time"),
     ]
     if (compared := metrics["comparison"]) is not None:
         eager = f"{compared['eager_images_per_second']:,.0f} images/s"
@@ -259,7 +265,7 @@ def _resumed_config(config: TrainConfig, options: dict[str, Any]) -> TrainConfig
     for name, value in options.items():
         if name not in RESUMABLE and value != getattr(config, name):
             option = "--" + name.replace("_", "-")
-            may = ", ".join("--" + n for n in RESUMABLE)
+            may = ", ".join("--" + n.replace("_", "-") for n in RESUMABLE)
             raise OptionError(
                 f"{option} cannot change in a resumed run (it has {getattr(config, name)}); "
                 f"only {may} can"
