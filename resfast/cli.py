@@ -29,6 +29,7 @@ EXAMPLES = {
   resfast train
   resfast train --optimizer sgd --lr 0.05 --l2 5e-4 --seed 1
   resfast train --data photos/ --model resnet34 --dtype bfloat16 --flip
+  resfast train --data imagenet/ --stream on --workers 12 --model resnet50 --batch-size 256
   resfast train --resume runs/NAME --epochs 24
 Ctrl-C saves a checkpoint first. Exit status: 0 done, 1 failed, 2 bad options, 130 stopped.""",
     "predict": """examples:

@@ -46,6 +46,9 @@ class Feed(Protocol):
             UserError: a file that cannot be read, and may not be left out.
         """
 
+    def close(self) -> None:
+        """Ends what reads ahead; another `expect` begins anew."""
+
 
 class Part(Protocol):
     """Images with labels: in memory (`Images`) or in files (`stream.Files`)."""
@@ -115,6 +118,9 @@ class _MemoryFeed:
     def batch(self, indices: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
         chosen = self.images.select(indices.to(self.images.labels.device))
         return self.augment(chosen.pixels, epoch, batch), chosen.labels
+
+    def close(self) -> None:
+        pass
 
 
 @dataclass

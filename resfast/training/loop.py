@@ -263,15 +263,17 @@ class Trainer:
 
     def fit(self) -> None:
         """Trains to the last epoch; raises Stopped or NonFiniteError, checkpoints being sound."""
-        while self.sampler.epoch < self.config.epochs:
-            try:
+        try:
+            while self.sampler.epoch < self.config.epochs:
                 with clear_worker_errors():
                     self._train_epoch()
                     self._leave_if_stopped()
                     self._finish_epoch()
                     self._leave_if_stopped(saved=True)
-            except NonFiniteError as error:
-                raise NonFiniteError(self._non_finite_advice(error)) from None
+        except NonFiniteError as error:
+            raise NonFiniteError(self._non_finite_advice(error)) from None
+        finally:
+            self.feed.close()
 
     @property
     def evaluated(self) -> nn.Module:

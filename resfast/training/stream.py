@@ -7,11 +7,12 @@ their indices, so neither the number of processes nor what they have read ahead 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,7 +157,7 @@ class _Folder:
 
     def load(
         self, reader: _Reader, epoch: int, batches: list[Tensor], device: torch.device
-    ) -> Iterator[_Loaded]:
+    ) -> Generator[_Loaded]:
         """The batches in order, read ahead by processes that start with the first."""
         loader = DataLoader(
             reader,
@@ -164,7 +165,7 @@ class _Folder:
             sampler=(_Key(epoch, indices.tolist()) for indices in batches),
             num_workers=min(self.workers, len(batches)),
             collate_fn=_as_it_is,
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=_begin_reading,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the one that dropout uses
         )
@@ -300,23 +301,33 @@ class _StreamFeed:
         self.files = files
         self.reader = _Reader(files.folder, files.indices, flip, seed)
         self._expected: deque[tuple[int, Tensor]] = deque()
-        self._loaded: Iterator[_Loaded] = iter(())
+        self._loaded: Generator[_Loaded] | None = None
 
     def expect(self, epoch: int, batches: list[Tensor]) -> None:
+        self.close()
         self._expected = deque((epoch, indices) for indices in batches)
         self._loaded = self.files.folder.load(self.reader, epoch, batches, self.files.device)
 
     def batch(self, indices: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
-        if self._expected and self._is_next(epoch, indices):
+        if self._loaded is not None and self._is_next(epoch, indices):
             self._expected.popleft()
             loaded = next(self._loaded)
             if not self._expected:
-                self._loaded = iter(())  # ends the processes
+                self.close()
         else:
             loaded = self.reader[_Key(epoch, indices.tolist())]
         return self.files.folder.accept(loaded, self.files.device)
 
+    def close(self) -> None:
+        # now, not when garbage is collected: that may be in a process that was forked meanwhile
+        self._expected.clear()
+        if self._loaded is not None:
+            self._loaded.close()
+            self._loaded = None
+
     def _is_next(self, epoch: int, indices: Tensor) -> bool:
+        if not self._expected:
+            return False
         expected_epoch, expected = self._expected[0]
         return expected_epoch == epoch and torch.equal(expected, indices)
 
@@ -340,10 +351,11 @@ def _as_it_is(loaded: Any) -> Any:
     return loaded
 
 
-def _outlive_signals(_worker: int) -> None:
-    """Ctrl-C and SIGTERM may reach all processes: the trainer then stops, and ends its readers.
+def _begin_reading(_worker: int) -> None:
+    """In a new process: Ctrl-C and SIGTERM may reach it too, when the trainer is to stop in order.
 
-    A second SIGTERM works as usual, for a reader that hangs.
+    The trainer ends its readers. A second SIGTERM works as usual, for a reader that hangs.
     """
+    gc.freeze()  # what was inherited is not this process's to tidy up, nor to copy
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
