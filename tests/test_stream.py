@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from resfast.training.checkpoint import CheckpointFolder
 from resfast.training.config import OptionError, TrainConfig, UserError
 from resfast.training.data import load_dataset, read_image
 from resfast.training.loop import Stopped, Trainer
+from resfast.training.stream import Crops, default_workers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = ("cat", "dog", "owl")
@@ -111,6 +113,19 @@ def test_batches_are_the_same_with_any_number_of_workers_and_read_ahead_or_not(t
     assert not same(expected[:8], expected[8:]), "another epoch has other crops"
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_that_was_not_expected_is_read_all_the_same(tree, workers):
+    trainer, plain = make_trainer(tree, workers=workers), make_trainer(tree)
+    batches = trainer.sampler.rest()
+    trainer.feed.expect(0, batches)
+    order = [(0, 0), (2, 0), (1, 1), (1, 0), (2, 0)]  # (batch, epoch)
+    for number, epoch in order:
+        got = trainer.feed.batch(batches[number], epoch, 1)
+        assert same(list(got), list(plain.feed.batch(batches[number], epoch, 1)))
+    trainer.feed.close()
+    assert not multiprocessing.active_children()
+
+
 def test_a_part_of_a_batch_is_that_part_of_the_whole(tree):
     """What a process of several asks for: its share of the indices."""
     whole, part = make_trainer(tree), make_trainer(tree)
@@ -174,7 +189,6 @@ def test_files_of_all_kinds_are_read_as_into_memory(tree):
 
 
 def test_evaluation_takes_the_centre_of_the_resized_image(tree, v2):
-    image_module = pytest.importorskip("PIL.Image")
     shape = (3, 40, 30)
     noise = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).byte()
     strip = torch.arange(3000).remainder(256).byte().expand(3, 5, 3000)
@@ -187,9 +201,17 @@ def test_evaluation_takes_the_centre_of_the_resized_image(tree, v2):
     for pixels, found in zip((noise, strip), got, strict=True):
         image = v2.CenterCrop(16)(v2.Resize(18)(to_image(pixels)))
         assert torch.equal(found, v2.functional.pil_to_tensor(image))
-    image_module.new("RGB", (1, 60_000)).save(tree / "test" / "cat" / "00.png")
-    got, _ = next(load_dataset(configure(tree)).test.batches(1))
-    assert got.shape == (1, 3, 16, 16)
+
+
+def test_a_narrow_strip_is_cut_before_it_grows(v2, monkeypatch):
+    """A line of 89 million pixels, which no limit refuses, would become 1.6 billion by 18."""
+    image_module = pytest.importorskip("PIL.Image")
+    crops, sizes = Crops(16), []
+    resize = crops._centre
+    monkeypatch.setattr(crops, "_centre", lambda im: (sizes.append(im.size), resize(im))[1])
+    for size in ((1, 60_000), (60_000, 1), (4, 16)):
+        assert crops.evaluation(image_module.new("RGB", size)).shape == (3, 16, 16)
+    assert sizes == [(1, 4), (4, 1), (4, 16)]
 
 
 # ---- runs
@@ -219,6 +241,7 @@ def test_resumed_run_repeats_the_uninterrupted_one(tree, tmp_path, stop_after):
     first.stop = Stop()
     with pytest.raises(Stopped):
         first.fit()
+    assert not multiprocessing.active_children()
     state, _ = CheckpointFolder(tmp_path).load_latest()
     torch.manual_seed(99)
     second = make_trainer(tree, workers=1, **EVERYTHING)
@@ -325,6 +348,15 @@ def test_fingerprint_sees_names_sizes_classes_and_the_split(tree):
     (tree / "train" / "owl").rename(tree / "train" / "pig")
     found.append(fingerprint())
     assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "expected"), [(1, 1, 1), (8, 1, 7), (64, 1, 16), (16, 2, 7), (4, 8, 1)]
+)
+def test_workers_leave_a_core_to_each_trainer(monkeypatch, cores, ranks, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert default_workers() == expected
 
 
 def test_options_that_cannot_work_are_named(tree):

@@ -118,7 +118,7 @@ class TrainConfig:
         "none where images are streamed",
     )
     flip: bool | None = _option(
-        None, "augmentation: mirror half of the images", shown="only where they are streamed"
+        None, "augmentation: mirror half of the images; unless told, only where they are streamed"
     )
 
     def validate(self) -> TrainConfig:
