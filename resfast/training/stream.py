@@ -40,6 +40,8 @@ STD = [0.229, 0.224, 0.225]
 EVALUATED_SHARE = 224 / 256  # of the shorter side
 SUBSTITUTES = 10  # tried for an image that cannot be read
 EVALUATION = -1  # in an epoch's place
+GRACE = 30  # seconds that a reader outlives SIGTERM by
+_STOP = (signal.SIGINT, signal.SIGTERM)
 _CROP, _SUBSTITUTE = 5, 6  # after mix.py's key
 
 
@@ -170,7 +172,9 @@ class _Folder:
             generator=torch.Generator(),  # or it would draw from the one that dropout uses
         )
         with clear_worker_errors():
-            yield from loader
+            with _signals_held():
+                processes = iter(loader)
+            yield from processes
 
     def accept(self, loaded: _Loaded, device: torch.device) -> tuple[Tensor, Tensor]:
         """In the trainer's process, where each bad file is named once."""
@@ -351,11 +355,28 @@ def _as_it_is(loaded: Any) -> Any:
     return loaded
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Until its own handlers are set, a new process would answer with the trainer's or die."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_reading(_worker: int) -> None:
     """In a new process: Ctrl-C and SIGTERM may reach it too, when the trainer is to stop in order.
 
-    The trainer ends its readers. A second SIGTERM works as usual, for a reader that hangs.
+    The trainer ends its readers. One that is told to stop and left alone ends by itself, so that
+    nothing waits for it for ever.
     """
+
+    def told_to_stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(GRACE)
+
     gc.freeze()  # what was inherited is not this process's to tidy up, nor to copy
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, told_to_stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
