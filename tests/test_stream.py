@@ -559,6 +559,7 @@ def test_a_reader_outlives_the_first_signals_for_a_while():
         process.start()
         os.kill(process.pid, signal.SIGTERM)
         os.kill(process.pid, signal.SIGINT)
+    theirs.close()  # so that a reader that died is an error here
     assert ours.recv() == "ready"
     os.kill(process.pid, signal.SIGINT)
     ours.send("still there?")
