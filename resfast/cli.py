@@ -30,6 +30,7 @@ EXAMPLES = {
   resfast train
   resfast train --optimizer sgd --lr 0.05 --l2 5e-4 --seed 1
   resfast train --data photos/ --model resnet34 --dtype bfloat16 --flip
+  resfast train --data imagenet/ --stream on --workers 12 --model resnet50 --batch-size 256
   resfast train --resume runs/NAME --epochs 24
   torchrun --nproc-per-node 2 -m resfast.cli train --sync-bn --out runs/two
 Ctrl-C saves a checkpoint first. Exit status: 0 done, 1 failed, 2 bad options, 130 stopped.""",
@@ -260,21 +261,22 @@ def _command(commands: Any, name: str, text: str, run: Any) -> Parser:
 
 def add_config_options(parser: Parser, without: Sequence[str] = ()) -> None:
     """One option per field of TrainConfig; only those given end up in the namespace."""
-    kinds = {"int": int, "float": float, "float | None": float, "str": str}
+    kinds = {"int": int, "float": float, "str": str}
     for option in dataclasses.fields(TrainConfig):
         if option.name in without:
             continue
         shown = option.metadata.get("shown", option.default)
         flag = "--" + option.name.replace("_", "-")
         text = option.metadata["help"].replace("%", "%%")
-        if option.type == "bool":
+        kind = str(option.type).removesuffix(" | None")
+        if kind == "bool":
             parser.add_argument(
                 flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
             )
             continue
         parser.add_argument(
             flag,
-            type=kinds[str(option.type)],
+            type=kinds[kind],
             default=argparse.SUPPRESS,
             choices=option.metadata.get("choices"),
             metavar=None if "choices" in option.metadata else option.name.upper(),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from resfast import cli
 from resfast.training.config import TrainConfig
 from resfast.training.data import Dataset, Images, load_dataset
-from resfast.training.page import MISTAKES, PAIRS, Predictions, render
+from resfast.training.page import MISTAKES, PAIRS, Answers, Predictions, render
 from resfast.training.predict import find_checkpoint, restore_model
 
 pytest.importorskip("matplotlib", reason="draws curves and pictures")
@@ -112,8 +112,15 @@ def rows_of() -> list[dict]:
     ]
 
 
+def predictions_of(logits: torch.Tensor, data: Dataset, batch: int = 16) -> Predictions:
+    answers = Answers()
+    for (pixels, labels), part in zip(data.test.batches(batch), logits.split(batch), strict=True):
+        answers(pixels, labels, part)
+    return Predictions.of(answers, data)
+
+
 def shown(data: Dataset, logits: torch.Tensor, comparison: dict | None = None) -> Page:
-    page = render(metrics_of(data, comparison), rows_of(), Predictions.of(logits, data))
+    page = render(metrics_of(data, comparison), rows_of(), predictions_of(logits, data))
     assert_closed(page)
     return Page(page)
 
@@ -272,7 +279,7 @@ def test_curves_take_the_colour_of_the_text_and_have_three_panels():
 
 def test_rendering_is_a_function_of_its_arguments():
     data = made_up(["a", "b"])
-    arguments = (metrics_of(data), rows_of(), Predictions.of(torch.randn(40, 2), data))
+    arguments = (metrics_of(data), rows_of(), predictions_of(torch.randn(40, 2), data))
     first = render(*arguments)
     assert render(*arguments) == first
     other = dataclasses.replace(arguments[2], predicted=arguments[2].labels)

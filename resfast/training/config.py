@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "safetensors": ("safetensors",),
 }
 BAD_FILES = ("fail", "skip")
+STREAM = ("auto", "on", "off")
+BUILT_IN = ("digits", "synthetic")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05}
 INSTALL_HINT = 'pip install "resfast[train]"'
@@ -47,11 +49,21 @@ class TrainConfig:
     data: str = _option(
         "digits",
         "digits (scikit-learn's 1,797 real 8×8 images), synthetic, or a folder: CLASS/*.jpg, or "
-        "train/CLASS/*.jpg beside test/CLASS/*.jpg; *.wav likewise, or CLASS_SPEAKER_TAKE.wav; "
+        "train/CLASS/*.jpg beside test/CLASS/*.jpg or val/; *.wav likewise, or "
+        "CLASS_SPEAKER_TAKE.wav; "
         "CIFAR-10's binary or Python batches",
     )
     bad_files: str = _option(
         "fail", "files that cannot be read: fail, or skip (named and counted)", choices=BAD_FILES
+    )
+    stream: str = _option(
+        "auto",
+        "read images from disk at every use, cropped at random in training; auto: those too many "
+        "for memory",
+        choices=STREAM,
+    )
+    workers: int | None = _option(
+        None, "processes that read streamed images; 0: none", shown="one fewer than the cores, ≤ 16"
     )
     batch_size: int = _option(64, "images per step, over all processes")
     epochs: int = _option(30, "passes over the training images")
@@ -109,12 +121,18 @@ class TrainConfig:
     threads: int = _option(0, "CPU threads; 0: one for images up to 16×16, else PyTorch's choice")
     seed: int = _option(0, "seeds the split, the weights, the order and the augmentation")
     image_size: int = _option(
-        0, "side images are resized to; 0: the data's own (synthetic: 32, mel bands and frames: 40)"
+        0,
+        "side images are resized to; 0: the data's own (synthetic: 32, mel bands and frames: 40, "
+        "streamed: 224)",
     )
     shift: int = _option(
-        -1, "augmentation: random shift by up to this many pixels; -1 means an eighth of the side"
+        -1,
+        "augmentation: random shift by up to this many pixels; -1 means an eighth of the side, "
+        "none where images are streamed",
     )
-    flip: bool = _option(False, "augmentation: mirror half of the images")
+    flip: bool | None = _option(
+        None, "augmentation: mirror half of the images; unless told, only where they are streamed"
+    )
 
     def validate(self) -> TrainConfig:
         """Returns self; raises OptionError naming the option and the value it got."""
@@ -124,6 +142,8 @@ class TrainConfig:
         _at_least("--seed", self.seed, 0)
         _at_least("--image-size", self.image_size, 0)
         _at_least("--shift", self.shift, -1)
+        if self.workers is not None:
+            _at_least("--workers", self.workers, 0)
         if self.seed >= 2**63:
             raise OptionError(f"--seed must be below 2**63, got {self.seed}")
         _at_least("--accumulate", self.accumulate, 1)
@@ -148,14 +168,22 @@ class TrainConfig:
             raise OptionError(f"--lr must be a finite number above 0, got {self.lr}")
         _one_of("--optimizer", self.optimizer, OPTIMIZERS)
         _one_of("--bad-files", self.bad_files, BAD_FILES)
+        _one_of("--stream", self.stream, STREAM)
         _one_of("--dtype", self.dtype, DTYPES)
         _check_data(self.data)
+        if self.stream == "on" and self.data in BUILT_IN:
+            raise OptionError(f"--stream on is for folders of images, not for --data {self.data}")
         check_device(self.device)
         return self
 
     @property
     def peak_lr(self) -> float:
         return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+
+    def resolved(self, streamed: bool) -> TrainConfig:
+        """With what was left to the data, now that it is known."""
+        flip = streamed if self.flip is None else self.flip
+        return replace(self, stream="on" if streamed else "off", flip=flip)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -204,7 +232,7 @@ def resolve_device(name: str) -> Any:
 
 
 def _check_data(name: str) -> None:
-    if name in ("digits", "synthetic"):
+    if name in BUILT_IN:
         return
     path = Path(name)
     if not path.exists():

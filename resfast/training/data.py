@@ -1,7 +1,8 @@
 """Sets of images, or of sounds as images, their seeded splits, and an order that can be saved.
 
 Every random choice is a function of (seed, epoch, batch), so a run resumed in the middle of an
-epoch sees the batches an uninterrupted one would have seen.
+epoch sees the batches an uninterrupted one would have seen. What is here lies in memory; folders
+too large for that are read by stream.py, behind the same `Part` and `Feed`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import re
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +33,45 @@ LARGEST_IMAGE = 2**30 // 4 // 3
 _ORDER, _AUGMENT, _SPLIT, _SYNTHETIC = range(4)
 
 
+class Feed(Protocol):
+    """Training batches, augmented, on the device."""
+
+    def expect(self, epoch: int, batches: list[Tensor]) -> None:
+        """The indices that will be asked for, in this order: what may be read ahead."""
+
+    def batch(self, indices: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+        """(pixels N×C×H×W as in `Images`, labels N) of these images of the part, expected or not.
+
+        Raises:
+            UserError: a file that cannot be read, and may not be left out.
+        """
+
+    def close(self) -> None:
+        """Ends what reads ahead; another `expect` begins anew."""
+
+
+class Part(Protocol):
+    """Images with labels: in memory (`Images`) or in files (`stream.Files`)."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+
+    def to(self, device: torch.device) -> Part: ...
+
+    def select(self, indices: Tensor) -> Part: ...
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(pixels, labels) in order, not augmented, as `evaluate` wants them."""
+
+    def feed(self, config: TrainConfig) -> Feed: ...
+
+    def identify(self, digest: Any) -> None:
+        """Adds to a hash what tells this part from another."""
+
+
 @dataclass
 class Images:
     """`pixels`: uint8 or float32 in [0, 1], N×C×H×W; `labels`: int64, N."""
@@ -42,28 +82,66 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        c, h, w = self.pixels.shape[1:]
+        return c, h, w
+
     def to(self, device: torch.device) -> Images:
         return Images(self.pixels.to(device), self.labels.to(device))
 
     def select(self, indices: Tensor) -> Images:
         return Images(self.pixels[indices], self.labels[indices])
 
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self), size):
+            yield self.pixels[start : start + size], self.labels[start : start + size]
+
+    def feed(self, config: TrainConfig) -> Feed:
+        shift = config.shift if config.shift >= 0 else self.shape[2] // 8
+        return _MemoryFeed(self, Augment(shift, bool(config.flip), config.seed))
+
+    def identify(self, digest: Any) -> None:
+        for tensor in (self.pixels, self.labels):
+            digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+            digest.update(tensor.contiguous().numpy().data)
+
+
+class _MemoryFeed:
+    def __init__(self, images: Images, augment: Augment) -> None:
+        self.images = images
+        self.augment = augment
+
+    def expect(self, epoch: int, batches: list[Tensor]) -> None:
+        pass  # nothing is faster than memory
+
+    def batch(self, indices: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+        chosen = self.images.select(indices.to(self.images.labels.device))
+        return self.augment(chosen.pixels, epoch, batch), chosen.labels
+
+    def close(self) -> None:
+        pass
+
 
 @dataclass
 class Dataset:
     name: str
     classes: list[str]
-    train: Images
-    validation: Images
-    test: Images
+    train: Part
+    validation: Part
+    test: Part
     mean: list[float]
     std: list[float]
-    skipped: int = 0  # files that could not be read
+    left_out: set[str] = field(default_factory=set)  # files that could not be read
+    workers: int | None = None  # processes that read the files; None: all is in memory
+
+    @property
+    def skipped(self) -> int:
+        return len(self.left_out)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        c, h, w = self.train.pixels.shape[1:]
-        return c, h, w
+        return self.train.shape
 
     def normalise(self, pixels: Tensor) -> Tensor:
         return normalise(pixels, self.mean, self.std)
@@ -72,12 +150,13 @@ class Dataset:
         return {k: len(getattr(self, k)) for k in ("train", "validation", "test")}
 
     def fingerprint(self) -> str:
-        """Changes with any image, label or split: guards against testing on trained images."""
+        """Changes with any image, label or split: guards against testing on trained images.
+
+        Of files that are read from disk it sees paths and sizes, not the images in them.
+        """
         digest = hashlib.sha256("\n".join(self.classes).encode())
         for part in (self.train, self.validation, self.test):
-            for tensor in (part.pixels, part.labels):
-                digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-                digest.update(tensor.contiguous().numpy().data)
+            part.identify(digest)
         return digest.hexdigest()
 
 
@@ -100,10 +179,14 @@ class SeededSampler:
 
     def __iter__(self) -> Iterator[Tensor]:
         """The rest of the current epoch; `batch` counts what was handed out."""
-        while self.batch < self.batches:
-            start = self.batch * self.batch_size
+        for indices in self.rest():
             self.batch += 1
-            yield self._permutation()[start : start + self.batch_size]
+            yield indices
+
+    def rest(self) -> list[Tensor]:
+        """What iterating would hand out."""
+        order, size = self._permutation(), self.batch_size
+        return [order[i * size : (i + 1) * size] for i in range(self.batch, self.batches)]
 
     def next_epoch(self) -> None:
         self.epoch += 1
@@ -187,8 +270,12 @@ def stratified_split(labels: Tensor, shares: list[float], seed: int) -> list[Ten
     return [torch.cat(part).sort().values for part in parts]
 
 
-def read_image(path: Path, channels: int, size: tuple[int, int] | None) -> Tensor:
-    """uint8 C×H×W, resized to `size` (height, width) when that is given."""
+def open_image(path: Path, channels: int) -> Any:
+    """A Pillow image in RGB, or in grey for one channel, as large as the file's.
+
+    Raises:
+        UserError: it cannot be read, or may be a decompression bomb.
+    """
     image_module = _pillow()
     try:
         with image_module.open(path) as opened:
@@ -196,13 +283,19 @@ def read_image(path: Path, channels: int, size: tuple[int, int] | None) -> Tenso
                 raise ValueError(
                     f"its {opened.width}×{opened.height} pixels may be a decompression bomb"
                 )
-            image = opened.convert("L" if channels == 1 else "RGB")
+            return opened.convert("L" if channels == 1 else "RGB")
     except FileNotFoundError:
         raise UserError(f"no image at {path}") from None
-    except (OSError, ValueError, image_module.DecompressionBombError) as error:
+    # SyntaxError is Pillow's for some broken PNG files
+    except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
         raise UserError(f"cannot read image {path}: {error}") from None
+
+
+def read_image(path: Path, channels: int, size: tuple[int, int] | None) -> Tensor:
+    """uint8 C×H×W, resized to `size` (height, width) when that is given."""
+    image = open_image(path, channels)
     if size is not None and (image.height, image.width) != size:
-        image = image.resize((size[1], size[0]), image_module.Resampling.BILINEAR)
+        image = image.resize((size[1], size[0]), _pillow().Resampling.BILINEAR)
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.view(image.height, image.width, channels).permute(2, 0, 1).contiguous()
 
@@ -216,12 +309,16 @@ def read_sound(path: Path, size: tuple[int, int]) -> Tensor:
         raise UserError(f"cannot use sound {path}: {error}") from None
 
 
-def _build(
-    name: str, classes: list[str], train: Images, validation: Images, test: Images
-) -> Dataset:
+def require_images(name: str, train: Part, validation: Part, test: Part) -> None:
     for what, part in (("training", train), ("validation", validation), ("test", test)):
         if len(part) == 0:
             raise UserError(f"--data {name}: no {what} images; there are too few images per class")
+
+
+def _build(
+    name: str, classes: list[str], train: Images, validation: Images, test: Images
+) -> Dataset:
+    require_images(name, train, validation, test)
     pixels = train.pixels
     scale = 255 if pixels.dtype == torch.uint8 else 1
     # Channel by channel, in float64: a float copy of the whole set would be four times its size.
@@ -274,7 +371,7 @@ def _cifar(config: TrainConfig) -> Dataset:
     return _build("cifar10", CLASSES, train.select(rest), train.select(held), test)
 
 
-class _Tree(NamedTuple):
+class Tree(NamedTuple):
     """Files with their labels: all images, or all sounds."""
 
     files: list[tuple[Path, int]]
@@ -282,30 +379,75 @@ class _Tree(NamedTuple):
     sound: bool
 
 
+class Trees(NamedTuple):
+    """The parts that a folder holds; what is None is split off the first."""
+
+    train: Tree
+    validation: Tree | None = None
+    test: Tree | None = None
+
+
 def _folder(config: TrainConfig) -> Dataset:
     root = Path(config.data)
-    if (root / "train").is_dir() and (root / "test").is_dir():
-        train_tree, test_tree = _tree(root / "train"), _tree(root / "test")
-        if test_tree.classes != train_tree.classes:
-            odd = ", ".join(sorted(set(test_tree.classes) ^ set(train_tree.classes)))
-            raise UserError(f"{root}: train and test hold different classes ({odd})")
-    elif recordings := _recordings(root):
-        train_tree, test_tree = recordings
-    else:
-        images, skipped = _read_files(root, _tree(root), config, None)
-        dataset = _split_all(str(root), _tree(root).classes, images, config.seed)
-        dataset.skipped = skipped
-        return dataset
-    train, skipped = _read_files(root, train_tree, config, None)
+    trees = _trees(root)
+    if _streams(root, trees, config):
+        from resfast.training.stream import open_folder
+
+        return open_folder(root, trees, config)
+    left_out: set[str] = set()
+    train = _read_files(root, trees.train, config, None, left_out)
     height, width = train.pixels.shape[2:]
-    test, more = _read_files(root, test_tree, config, (height, width))
-    held, rest = stratified_split(train.labels, [VALIDATION_SHARE], config.seed)
-    dataset = _build(str(root), train_tree.classes, train.select(rest), train.select(held), test)
-    dataset.skipped = skipped + more
+    parts = [
+        None if tree is None else _read_files(root, tree, config, (height, width), left_out)
+        for tree in (trees.validation, trees.test)
+    ]
+    given = [part is not None for part in parts]
+    cut = split_parts(train.labels, given[0], given[1], config.seed)
+    rest, validation, test = (
+        part or train.select(indices) for part, indices in zip((None, *parts), cut, strict=True)
+    )
+    dataset = _build(str(root), trees.train.classes, rest, validation, test)
+    dataset.left_out = left_out
     return dataset
 
 
-def _tree(root: Path) -> _Tree:
+def split_parts(
+    labels: Tensor, has_validation: bool, has_test: bool, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the training, validation and test part; those that a folder has are empty."""
+    shares = [0.0 if has_test else TEST_SHARE, 0.0 if has_validation else VALIDATION_SHARE]
+    test, validation, train = stratified_split(labels, shares, seed)
+    return train, validation, test
+
+
+def _trees(root: Path) -> Trees:
+    """train/, val/ and test/ beside each other, of which the last that is there is for testing."""
+    held = [name for name in ("val", "test") if (root / name).is_dir()]
+    if not ((root / "train").is_dir() and held):
+        return _recordings(root) or Trees(_tree(root))
+    train, *others = (_tree(root / name) for name in ("train", *held))
+    for name, tree in zip(held, others, strict=True):
+        if tree.classes != train.classes:
+            odd = ", ".join(sorted(set(tree.classes) ^ set(train.classes)))
+            raise UserError(f"{root}: train and {name} hold different classes ({odd})")
+        if tree.sound != train.sound:
+            raise UserError(f"{root}: one of train and {name} holds images, the other sounds")
+    return Trees(train, others[0] if len(others) == 2 else None, others[-1])
+
+
+def _streams(root: Path, trees: Trees, config: TrainConfig) -> bool:
+    """Whether the files are read again and again: images too many for memory, or by option."""
+    if trees.train.sound:
+        if config.stream == "on":
+            raise OptionError(f"--stream on: {root} holds sounds, which are read into memory")
+        return False
+    if config.stream == "auto":
+        size = _size(trees.train, config)
+        return any(t is not None and _bytes(t, size) > MEMORY_LIMIT for t in trees)
+    return config.stream == "on"
+
+
+def _tree(root: Path) -> Tree:
     """CLASS/**/*.jpg, or .wav; classes and files in the order of their names."""
     classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
@@ -324,14 +466,14 @@ def _tree(root: Path) -> _Tree:
         raise UserError(f"--data {root}: one class only ({classes[0]}); need CLASS/*.jpg")
     if found[False] and found[True]:
         raise UserError(f"--data {root} holds both images and sounds")
-    return _Tree(found[False] or found[True], classes, bool(found[True]))
+    return Tree(found[False] or found[True], classes, bool(found[True]))
 
 
 _RECORDING = re.compile(r"([^_]+)_[^_]+_(\d+)")
 _TEST_TAKES = 5
 
 
-def _recordings(root: Path) -> tuple[_Tree, _Tree] | None:
+def _recordings(root: Path) -> Trees | None:
     """{class}_{speaker}_{take}.wav in one folder, takes 0–4 for testing, as spoken digits come."""
     files = sorted(p for p in root.iterdir() if p.suffix.lower() in SOUND_SUFFIXES)
     named = [(path, _RECORDING.fullmatch(path.stem)) for path in files]
@@ -342,30 +484,39 @@ def _recordings(root: Path) -> tuple[_Tree, _Tree] | None:
     for path, match in named:
         if match:
             parts[int(match[2]) < _TEST_TAKES].append((path, classes.index(match[1])))
-    train, test = (_Tree(part, classes, True) for part in parts)
-    return train, test
+    train, test = (Tree(part, classes, True) for part in parts)
+    return Trees(train, test=test)
+
+
+def _size(tree: Tree, config: TrainConfig) -> tuple[int, int]:
+    if side := config.image_size:
+        return side, side
+    return (SIDE, SIDE) if tree.sound else _first_size(tree.files, config.bad_files)
+
+
+def _bytes(tree: Tree, size: tuple[int, int]) -> int:
+    channels, itemsize = (1, 4) if tree.sound else (3, 1)
+    return len(tree.files) * channels * size[0] * size[1] * itemsize
 
 
 def _read_files(
-    root: Path, tree: _Tree, config: TrainConfig, size: tuple[int, int] | None
-) -> tuple[Images, int]:
-    """The images, all of one size, and how many files were left out."""
-    side = config.image_size
-    if side:
-        size = (side, side)
-    elif size is None and tree.sound:
-        size = (SIDE, SIDE)
-    elif size is None:
-        size = _first_size(tree.files, config.bad_files)
-    channels, itemsize = (1, 4) if tree.sound else (3, 1)
-    needed = len(tree.files) * channels * size[0] * size[1] * itemsize
+    root: Path,
+    tree: Tree,
+    config: TrainConfig,
+    size: tuple[int, int] | None,
+    left_out: set[str],
+) -> Images:
+    """The images, all of one size; files that cannot be read are added to those left out."""
+    size = size or _size(tree, config)
+    needed = _bytes(tree, size)
     if needed > MEMORY_LIMIT:
+        other = "" if tree.sound else ", or --stream on"
         raise UserError(
             f"{root}: {len(tree.files):,} images of {size[0]}×{size[1]} need "
             f"{needed / 2**30:.1f} GiB of memory, the limit is {MEMORY_LIMIT / 2**30:.0f}; choose "
-            "a smaller --image-size"
+            f"a smaller --image-size{other}"
         )
-    dtype = torch.float32 if tree.sound else torch.uint8
+    channels, dtype = (1, torch.float32) if tree.sound else (3, torch.uint8)
     pixels = torch.empty(len(tree.files), channels, *size, dtype=dtype)
 
     def read(index: int) -> str | None:
@@ -387,7 +538,10 @@ def _read_files(
     kept = torch.tensor([problem is None for problem in problems])
     labels = torch.tensor([label for _, label in tree.files])
     images = Images(pixels, labels)
-    return (images.select(kept.nonzero().flatten()) if bad else images), len(bad)
+    if not bad:
+        return images
+    left_out.update(str(tree.files[i][0].relative_to(root)) for i in (~kept).nonzero().flatten())
+    return images.select(kept.nonzero().flatten())
 
 
 def _first_size(files: list[tuple[Path, int]], bad_files: str) -> tuple[int, int]:

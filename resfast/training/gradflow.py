@@ -76,10 +76,10 @@ def measure(depths: Sequence[int], data: str, seed: int, repeats: int = 3) -> li
                 channels, classes = dataset.image_shape[0], len(dataset.classes)
                 residual = SmallResNet((depth - 2) // 6, WIDTH, channels, classes)
             chosen = torch.randint(len(dataset.train), (BATCH,), generator=generator)
-            images = dataset.train.select(chosen)
-            inputs = dataset.normalise(images.pixels)
+            ((pixels, labels),) = dataset.train.select(chosen).batches(BATCH)
+            inputs = dataset.normalise(pixels)
             for kind, model in (("plain", _Plain(residual)), ("residual", residual)):
-                norms = torch.tensor(gradient_norms(model, inputs, images.labels)).log()
+                norms = torch.tensor(gradient_norms(model, inputs, labels)).log()
                 sums[kind] = sums.get(kind, torch.zeros(())) + norms / repeats
         for kind, logs in sums.items():
             norms = logs.exp()

@@ -31,9 +31,10 @@ from resfast.training.checkpoint import (
     require_finite,
 )
 from resfast.training.config import TrainConfig, UserError
-from resfast.training.data import Augment, Dataset, Images, SeededSampler
+from resfast.training.data import Dataset, Part, SeededSampler
 from resfast.training.distributed import Ranks
 from resfast.training.mix import Mix
+from resfast.training.stream import clear_worker_errors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -49,6 +50,10 @@ class Stopped(Exception):
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
+
+
+class _Unreadable(UserError):
+    """A batch of streamed images: met late, when steps are done that shall not be lost."""
 
 
 class StopSignals:
@@ -222,19 +227,29 @@ class Score:
         return self.correct / self.images
 
 
+# gets each batch that is evaluated: pixels, labels and logits
+Keep = Callable[[Tensor, Tensor, Tensor], None]
+
+
 def evaluate(
-    forward: Callable[[Tensor], Tensor], images: Images, prepare: Callable[[Tensor], Tensor]
+    forward: Callable[[Tensor], Tensor],
+    images: Part,
+    prepare: Callable[[Tensor], Tensor],
+    keep: Keep | None = None,
 ) -> Score:
     """`forward` maps prepared inputs to logits; the caller has set evaluation mode."""
-    loss, correct = 0.0, 0
+    loss, correct, count = 0.0, 0, 0
     with torch.no_grad():
-        for pixels, labels in zip(
-            images.pixels.split(EVAL_BATCH), images.labels.split(EVAL_BATCH), strict=True
-        ):
+        for pixels, labels in images.batches(EVAL_BATCH):
             logits = forward(prepare(pixels))
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             correct += int((logits.argmax(1) == labels).sum())
-    return Score(loss / len(images), correct, len(images))
+            count += len(labels)
+            if keep is not None:
+                keep(pixels, labels, logits)
+    if not count:
+        raise UserError(f"none of {len(images):,} images could be read")
+    return Score(loss / count, correct, count)
 
 
 class Trainer:
@@ -267,10 +282,8 @@ class Trainer:
         self.stop = stop or StopSignals()
         self.model = place(model, self.device)
         self.train_step = TrainStep(self.model, config, self.device, self.ranks)
-        self.train_images = data.train.to(self.device)
+        self.feed = data.train.to(self.device).feed(config)
         self.sampler = SeededSampler(len(data.train), config.batch_size, config.seed)
-        shift = config.shift if config.shift >= 0 else data.image_shape[2] // 8
-        self.augment = Augment(shift, config.flip, config.seed)
         self.mix = Mix(config.mixup, config.cutmix, len(data.classes), config.seed)
         self.average: AveragedModel | None = None
         if config.ema:
@@ -281,6 +294,8 @@ class Trainer:
         self.step = 0
         self.skipped = 0
         self.seconds = 0.0
+        self.waited = 0.0  # for batches, of these seconds
+        self._waiting = 0.0
         self.best: dict[str, Any] | None = None
         self.last_checkpoint: Path | None = None
         self._reset_totals()
@@ -294,46 +309,45 @@ class Trainer:
 
         Raises:
             Stopped, NonFiniteError, WriteError: the checkpoints being sound.
+            UserError: of streamed images, see `stream.py`.
         """
         last = self.config.epochs if until is None else until
-        while self.sampler.epoch < last:
-            try:
-                with self._timed():
-                    self._train_epoch()
-                self._leave_if_stopped()
-                self._finish_epoch()
-                self._leave_if_stopped(saved=True)
-            except NonFiniteError as error:
-                raise NonFiniteError(self._non_finite_advice(error)) from None
-            except WriteError:
-                # of the log or the best, say: what was trained until now is kept where it can be
-                with contextlib.suppress(WriteError, NonFiniteError):
-                    self.save()
-                raise
+        try:
+            while self.sampler.epoch < last:
+                with clear_worker_errors():
+                    with self._timed():
+                        self._train_epoch()
+                    self._leave_if_stopped()
+                    self._finish_epoch()
+                    self._leave_if_stopped(saved=True)
+        except NonFiniteError as error:
+            raise NonFiniteError(self._non_finite_advice(error)) from None
+        except WriteError:
+            # of the log or the best, say: what was trained until now is kept where it can be
+            with contextlib.suppress(WriteError, NonFiniteError):
+                self.save()
+            raise
+        except _Unreadable as error:
+            raise UserError(self._with_saved(error)) from None
+        finally:
+            self.feed.close()
 
     @property
     def evaluated(self) -> nn.Module:
         """The averaged weights where there are any, else the model."""
         return self.model if self.average is None else self.average.module
 
-    def evaluate(
-        self, images: Images, keep: Callable[[Tensor], None] = lambda logits: None
-    ) -> Score:
-        """Each rank looks at its part, all get the score of the whole.
-
-        `keep` gets the logits of each batch of this rank's part, in the order of the images.
-        """
+    def evaluate(self, images: Part, keep: Keep | None = None) -> Score:
+        """Each rank looks at its part, all get the score of the whole; `keep` gets this rank's."""
         model = self.evaluated.eval()
 
         def forward(inputs: Tensor) -> Tensor:
-            logits = self.train_step.forward(inputs, model)
-            keep(logits)
-            return logits
+            return self.train_step.forward(inputs, model)
 
         shared = 1 < self.ranks.size <= len(images)
         if shared:
             images = images.select(self.ranks.part(torch.arange(len(images))))
-        score = evaluate(forward, images.to(self.device), self.data.normalise)
+        score = evaluate(forward, images.to(self.device), self.data.normalise, keep)
         if not shared:
             return score
         sums = torch.tensor([score.loss * score.images, score.correct, score.images]).double()
@@ -342,14 +356,15 @@ class Trainer:
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Augmented, normalised inputs and labels of the sampler's current batch."""
-        images = self.train_images.select(indices.to(self.device))
-        pixels = self.augment(images.pixels, self.sampler.epoch, self.sampler.batch)
+        started = time.perf_counter()
+        pixels, labels = self.feed.batch(indices, self.sampler.epoch, self.sampler.batch)
+        self._waiting += time.perf_counter() - started
         inputs = self.data.normalise(pixels)
         size = self.image_size()
         if size != tuple(inputs.shape[2:]):
             inputs = F.interpolate(inputs, size, mode="bilinear", antialias=True)
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return inputs, images.labels
+        return inputs, labels
 
     def image_size(self) -> tuple[int, int]:
         """Height and width in this epoch: they grow from the start size in equal steps."""
@@ -391,6 +406,8 @@ class Trainer:
             "scaler": self.train_step.scaler.state_dict(),
             "sampler": self.sampler.state_dict(),
             "seconds": self.seconds,
+            "waited": self.waited,
+            "left_out": sorted(self.data.left_out),
             "totals": {k: float(v) for k, v in self._totals.items()},
             "rng": {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()},
         }
@@ -410,6 +427,8 @@ class Trainer:
         self.sampler.load_state_dict(state["sampler"])
         self.step = state["step"]
         self.seconds = state["seconds"]
+        self.waited = state.get("waited", 0.0)
+        self.data.left_out.update(state.get("left_out", ()))
         self.best = state["best"]
         self._reset_totals()
         for key, value in state["totals"].items():
@@ -423,9 +442,14 @@ class Trainer:
     def _train_epoch(self) -> None:
         self.model.train()
         config, sampler, in_a_row = self.config, self.sampler, 0
+        self.feed.expect(sampler.epoch, sampler.rest())
         for indices in sampler:
             self.ranks.seed(config.seed, self.step)
-            inputs, labels = self.batch(indices)
+            try:
+                inputs, labels = self.batch(indices)
+            except UserError as error:
+                sampler.batch -= 1  # this batch was not trained on
+                raise _Unreadable(str(error)) from error
             inputs, targets = self.mix(inputs, labels, sampler.epoch, sampler.batch)
             self.train_step.set_lr(
                 learning_rate(self.step, self.total_steps, config.peak_lr, config.warmup)
@@ -460,12 +484,17 @@ class Trainer:
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
         started = time.perf_counter()
+        self._waiting = 0.0
         try:
             yield
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         finally:
-            self.seconds += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self.seconds += seconds
+            self.waited += self._waiting
+            self._totals["seconds"] += seconds
+            self._totals["waited"] += self._waiting
 
     @torch.no_grad()
     def _move_average(self, averaged: Any, current: Any, _count: Any) -> None:
@@ -509,6 +538,7 @@ class Trainer:
             "validation_accuracy": score.accuracy,
             "seconds": self.seconds,
             "images_per_second": self.step * self.config.batch_size / self.seconds,
+            "waiting_share": totals["waited"] / totals["seconds"],
             "skipped": self.skipped,
         }
         self.record(row)
@@ -548,6 +578,13 @@ class Trainer:
             kept = f"last good checkpoint: {self.last_checkpoint}"
         return f"{error} ({where}); training stopped; {kept}; try a lower --lr"
 
+    def _with_saved(self, error: UserError) -> str:
+        """A streamed file that cannot be read is met late, and costs no step that was done."""
+        if self.folder is None:
+            return str(error)
+        return f"{error}; saved {self.save()}; --resume goes on from there"
+
     def _reset_totals(self) -> None:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._totals = {k: zero.clone() for k in ("loss", "correct", "images", "steps")}
+        names = ("loss", "correct", "images", "steps", "seconds", "waited")
+        self._totals = {k: zero.clone() for k in names}

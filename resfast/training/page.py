@@ -41,6 +41,30 @@ figure img { width: 100%; image-rendering: pixelated; border: 1px solid var(--li
 """
 
 
+@dataclass
+class Answers:
+    """Gathers what a network says of images, batch by batch, and the worst mistakes' pixels.
+
+    `labels`: int64 ``[B]`` each; `logits`: float32 ``[B, classes]`` each; `pictures`: by the
+    image's place among all.
+    """
+
+    labels: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    pictures: dict[int, Tensor] = field(default_factory=dict)
+
+    def __call__(self, pixels: Tensor, labels: Tensor, logits: Tensor) -> None:
+        first = sum(map(len, self.labels))
+        self.labels.append(labels.cpu())
+        self.logits.append(logits.float().cpu())
+        all_labels, all_logits = torch.cat(self.labels), torch.cat(self.logits)
+        loss = F.cross_entropy(all_logits, all_labels, reduction="none")
+        worst = _worst(all_labels, all_logits.argmax(1), loss).tolist()
+        self.pictures = {
+            i: self.pictures[i] if i < first else pixels[i - first].cpu().clone() for i in worst
+        }
+
+
 @dataclass(frozen=True)
 class Predictions:
     """What a network said of the test images, a row each.
@@ -60,12 +84,12 @@ class Predictions:
     sound: bool = False
 
     @classmethod
-    def of(cls, logits: Tensor, data: Dataset) -> Predictions:
-        """`logits`: ``[N, classes]``, of all of `data.test`, in its order."""
-        logits, labels = logits.float().cpu(), data.test.labels.cpu()
+    def of(cls, answers: Answers, data: Dataset) -> Predictions:
+        logits, labels = torch.cat(answers.logits), torch.cat(answers.labels)
         probability, predicted = logits.softmax(1).max(1)
         loss = F.cross_entropy(logits, labels, reduction="none")
-        pictures = data.test.select(_worst(labels, predicted, loss)).pixels.cpu()
+        worst = [answers.pictures[i] for i in _worst(labels, predicted, loss).tolist()]
+        pictures = torch.stack(worst) if worst else torch.empty(0, *data.image_shape)
         # images in folders have three channels, so one that has not is no image
         sound = data.image_shape[0] == 1 and data.name != "digits"
         return cls(

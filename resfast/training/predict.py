@@ -17,12 +17,14 @@ from resfast.training.data import (
     Dataset,
     load_dataset,
     normalise,
+    open_image,
     read_image,
     read_sound,
 )
-from resfast.training.loop import evaluate, place
+from resfast.training.loop import EVAL_BATCH, evaluate, place
 from resfast.training.model import create_for
 from resfast.training.report import binomial_interval, table
+from resfast.training.stream import Crops
 
 
 def predict(
@@ -102,10 +104,12 @@ def _held_out(
         return normalise(pixels, state["mean"], state["std"])
 
     score = evaluate(model, dataset.test.to(device), prepare)
-    chosen = dataset.test.select(torch.arange(min(show, len(dataset.test))))
-    rows = _classify(model, prepare(chosen.pixels.to(device)), state["classes"], top)
-    for row, label in zip(rows, chosen.labels.tolist(), strict=True):
-        row["actual"] = dataset.classes[label]
+    chosen = dataset.test.select(torch.arange(min(show, len(dataset.test)))).to(device)
+    rows = []
+    for pixels, labels in chosen.batches(EVAL_BATCH):
+        found = _classify(model, prepare(pixels), state["classes"], top)
+        for row, label in zip(found, labels.tolist(), strict=True):
+            rows.append(row | {"actual": dataset.classes[label]})
     low, high = binomial_interval(score.correct, score.images)
     return {
         "data": dataset.name,
@@ -126,20 +130,28 @@ def _given_images(
     top: int,
 ) -> dict[str, Any]:
     channels, height, width = state["image_shape"]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for path in paths:
         if path.suffix.lower() in SOUND_SUFFIXES:
             if channels != 1:
                 raise UserError(f"{path} is sound, and the checkpoint is of colour images")
             pixels = read_sound(path, (height, width))[None]
         else:
-            pixels = read_image(path, channels, (height, width))[None]
+            pixels = _read(path, state)[None]
             if invert:
                 pixels = 255 - pixels
         inputs = normalise(pixels.to(device), state["mean"], state["std"])
         found = _classify(model, inputs, state["classes"], top)
         rows += [{"image": str(path)} | row for row in found]
     return {"predictions": rows}
+
+
+def _read(path: Path, state: dict[str, Any]) -> Tensor:
+    """uint8 C×H×W, as the run's own images came to be evaluated."""
+    channels, height, width = state["image_shape"]
+    if TrainConfig.from_dict(state["config"]).stream == "on":
+        return Crops(height).evaluation(open_image(path, channels))
+    return read_image(path, channels, (height, width))
 
 
 def _classify(

@@ -40,7 +40,7 @@ from resfast.training.data import load_dataset
 from resfast.training.distributed import Ranks, job, join
 from resfast.training.loop import Score, Stopped, StopSignals, Trainer, TrainStep, place
 from resfast.training.model import create_for, model_names
-from resfast.training.page import PAGE, Predictions, render
+from resfast.training.page import PAGE, Answers, Predictions, render
 from resfast.training.predict import find_checkpoint
 from resfast.training.report import Progress, Recorder, binomial_interval, on_row, table
 from resfast.training.scalars import Scalars
@@ -49,7 +49,7 @@ from resfast.training.scalars import Scalars
 # OpenMP's threads spin while they wait for each other. On a busy two-core machine two threads
 # trained at 29 and 109 images/s, one at 1,450 and 937.
 SMALL_SIDE = 16
-RESUMABLE = ("epochs", "device", "threads", "data", "save_every")
+RESUMABLE = ("epochs", "device", "threads", "data", "save_every", "workers", "bad_files")
 
 
 def train(
@@ -106,6 +106,8 @@ def _train(
         ranks.check(config)
         device = ranks.device(config.device)
         data = load_dataset(config)
+    # what is written down is what happened, wherever the limit lies later
+    config = config.resolved(streamed=data.workers is not None)
     if threads := config.threads or (max(data.image_shape[1:]) <= SMALL_SIDE):
         torch.set_num_threads(int(threads))
     if config.deterministic:
@@ -150,7 +152,8 @@ def _train(
         sizes = data.sizes()
         progress.say(
             f"{config.model} on {data.name}: {sizes['train']:,} training, "
-            f"{sizes['validation']:,} validation, {sizes['test']:,} test images; {folder}"
+            f"{sizes['validation']:,} validation, {sizes['test']:,} test images"
+            f"{'' if data.workers is None else f', streamed by --workers {data.workers}'}; {folder}"
         )
         try:
             trainer.fit()
@@ -215,8 +218,8 @@ def _finish(
 ) -> int:
     best, chosen = find_checkpoint(folder)
     trainer.evaluated.load_state_dict(best["model"])
-    logits: list[torch.Tensor] = []
-    score = trainer.evaluate(trainer.data.test, logits.append)
+    answers = Answers()
+    score = trainer.evaluate(trainer.data.test, answers)
     steps = None
     if comparison and trainer.config.fused and stop.signum is None:
         if not quiet:
@@ -229,7 +232,7 @@ def _finish(
     rows = read_metrics(folder / "metrics.jsonl")
     with writing(folder / "curve.png"):
         draw_curves(rows, folder / "curve.png", title)
-    predictions = Predictions.of(torch.cat(logits), trainer.data)
+    predictions = Predictions.of(answers, trainer.data)
     write_atomically(folder / PAGE, render(metrics, rows, predictions).encode())
     if not quiet:
         print(_summary(metrics, folder))
@@ -253,6 +256,7 @@ def _metrics(
             "image_shape": list(data.image_shape),
             "sizes": data.sizes(),
             "skipped_files": data.skipped,
+            "workers": data.workers,
             "fingerprint": trainer.fingerprint,
         },
         "test": {
@@ -267,6 +271,7 @@ def _metrics(
             "epochs": trainer.sampler.epoch,
             "steps": trainer.step,
             "seconds": trainer.seconds,
+            "waiting_share": trainer.waited / trainer.seconds,
             "images_per_second": trainer.step * config.batch_size / trainer.seconds,
         },
         "comparison": None if steps is None else _comparison(steps, config.batch_size),
@@ -311,6 +316,7 @@ def _summary(metrics: dict[str, Any], folder: Path) -> str:
             f"{training['images_per_second']:,.0f} images/s over {training['seconds']:.1f} s "
             f"({training['epochs']} epochs, augmentation included)",
         ),
+        ("waiting for data", f"{100 * training['waiting_share']:.0f} % of the training's time"),
     ]
     if (compared := metrics["comparison"]) is not None:
         eager = f"{compared['eager_images_per_second']:,.0f} images/s"
