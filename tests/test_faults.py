@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,32 +185,36 @@ def full(*_: object) -> None:
     raise OSError(errno.ENOSPC, FULL)
 
 
-@pytest.fixture
-def file_limit() -> Iterator[Callable[[int], None]]:
-    """Files of this process may not grow beyond so many bytes: writes fail, by the kernel."""
+@contextlib.contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """Files of this process, pytest's too, may not grow beyond so many bytes: writes fail."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [0, 1, 40_000, "fsync", "replace"])
 def test_a_checkpoint_that_does_not_fit_leaves_the_previous_ones_and_no_rubbish(
-    tmp_path, monkeypatch, file_limit, size
+    tmp_path, monkeypatch, size
 ):
     folder = CheckpointFolder(tmp_path, KEEP)
     for step in range(1, KEEP + 2):
         folder.save(step, state(step))
     folder.save_best(state(1))
     before = names(tmp_path)
-    if isinstance(size, str):
-        monkeypatch.setattr(os, size, full)
-    else:
-        file_limit(size)
     reason = FULL if isinstance(size, str) else "File too large"
-    with pytest.raises(WriteError, match=rf"cannot write .*checkpoint-00000009\.pt: {reason}"):
-        folder.save(9, state(9))
-    with pytest.raises(WriteError, match=rf"cannot write .*best\.pt: {reason}"):
-        folder.save_best(state(9))
+    with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
+        if isinstance(size, str):
+            patch.setattr(os, size, full)
+        else:
+            stack.enter_context(file_limit(size))
+        with pytest.raises(WriteError, match=rf"cannot write .*checkpoint-00000009\.pt: {reason}"):
+            folder.save(9, state(9))
+        with pytest.raises(WriteError, match=rf"cannot write .*best\.pt: {reason}"):
+            folder.save_best(state(9))
     assert names(tmp_path) == before
     assert steps(tmp_path) == [KEEP + 1, KEEP]
     assert ckpt.load(tmp_path / BEST)["step"] == 1
