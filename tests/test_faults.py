@@ -132,7 +132,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     """What was logged, without times; of runs, only that they are."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     kept = [row for row in map(json.loads, lines) if row["kind"] not in ("start", "resume")]
-    return [{k: v for k, v in row.items() if "second" not in k} for row in kept]
+    times = ("seconds", "images_per_second", "waiting_share")
+    return [{k: v for k, v in row.items() if k not in times} for row in kept]
 
 
 def same(a: Any, b: Any) -> bool:
@@ -148,10 +149,12 @@ def same(a: Any, b: Any) -> bool:
 def assert_same_run(ours: Path, other: Path) -> None:
     """Losses, weights, optimizer, best, test accuracy: bit for bit; and no rubbish."""
     assert rows(ours) == rows(other)
-    for name in (f"checkpoint-{EPOCHS * STEPS_AN_EPOCH:08d}.pt", BEST):
-        left, right = (ckpt.load(folder / name) for folder in (ours, other))
+    for file in (f"checkpoint-{EPOCHS * STEPS_AN_EPOCH:08d}.pt", BEST):
+        left, right = (ckpt.load(folder / file) for folder in (ours, other))
         for loaded in (left, right):
-            loaded.pop("seconds", None)
+            for times in (loaded, loaded.get("totals", {})):
+                for name in ("seconds", "waited"):
+                    times.pop(name, None)
             loaded.get("rng", {}).pop("python", None)  # nothing draws from it or seeds it
         assert same(left, right)
     tests = [json.loads((f / "metrics.json").read_text())["test"] for f in (ours, other)]

@@ -68,7 +68,7 @@ def test_loss_curve_is_the_fused_one_but_for_rounding(monkeypatch):
     The band of the stock runs widens as rounding differences grow from step to step, so the bound
     needs no constant of its own. The shift is drawn by place in the batch, so there is none.
     """
-    monkeypatch.setattr("resfast.training.loop.Augment", lambda *_: lambda pixels, *_: pixels)
+    monkeypatch.setattr("resfast.training.data.Augment", lambda *_: lambda pixels, *_: pixels)
     runs = [_losses(False, roll) for roll in (0, 5, 11)]
     with torch.backends.mkldnn.flags(enabled=False):
         runs += [_losses(False, roll) for roll in (0, 5)]
