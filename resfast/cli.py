@@ -459,5 +459,20 @@ def _one_line_warning(
     return f"resfast: warning: {' '.join(str(message).split())}\n"
 
 
+def _as_process() -> NoReturn:
+    """``main`` as a process of its own, or as one of torchrun's."""
+    try:
+        status: Any = main()
+    except SystemExit as leaving:
+        status = leaving.code
+    if "TORCHELASTIC_RUN_ID" in os.environ and isinstance(status, int):
+        # Gloo's threads may abort a process that ends in the ordinary way, and torchrun would then
+        # take any other status for a crash.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _as_process()
