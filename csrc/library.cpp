@@ -26,6 +26,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
       "norm_max_pool_backward_apply(Tensor dy, Tensor z, Tensor mean, Tensor scale, Tensor beta, "
       "Tensor index, int kernel, int stride, int padding, Tensor? coef_z, Tensor? coef_1, "
       "Tensor(a!) dz) -> ()");
+  m.def("empty_kept(Tensor like, int n, int c, int h, int w) -> Tensor");
+  m.def("release_kept() -> ()");
+  m.def("kept_bytes() -> int");
   m.def("panel_columns() -> int");
   m.def("pointwise_weight(Tensor weight, Tensor? scale, bool transposed, Tensor(a!) packed) -> ()");
   m.def(

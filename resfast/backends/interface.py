@@ -6,11 +6,14 @@ per-channel vectors are of the accumulation dtype: float32, or float64 for float
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from resfast import native
 
 FUNCTIONS = (
     "conv_fprop",
@@ -131,8 +134,23 @@ def nhwc(t: Tensor) -> Tensor:
     return t if t.stride() == strides else t.as_strided(t.shape, strides)
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)  # no fake, no proxy
+_KEPT_BYTES = 2**20
+
+
 def empty_nhwc(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
-    """Uninitialised channels_last tensor of ``shape`` with dtype and device of ``like``."""
+    """Uninitialised channels_last tensor of ``shape`` with dtype and device of ``like``.
+
+    On CPU a large one lives in memory that is kept when it dies (csrc/cpu/kept_memory.cpp).
+    """
+    if (
+        type(like) in _PLAIN
+        and like.is_cpu
+        and math.prod(shape) * like.element_size() >= _KEPT_BYTES
+        and native.is_available()
+    ):
+        kept: Tensor = torch.ops.resfast.empty_kept(like, *shape)
+        return kept
     return torch.empty(
         shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
     )
