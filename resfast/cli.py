@@ -459,7 +459,7 @@ def _one_line_warning(
     return f"resfast: warning: {' '.join(str(message).split())}\n"
 
 
-def _as_process() -> NoReturn:
+def as_process() -> NoReturn:
     """``main`` as a process of its own, or as one of torchrun's."""
     try:
         status: Any = main()
@@ -475,4 +475,4 @@ def _as_process() -> NoReturn:
 
 
 if __name__ == "__main__":
-    _as_process()
+    as_process()

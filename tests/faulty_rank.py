@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 
 from resfast import cli
 from resfast.training import loop
@@ -32,4 +31,4 @@ class FaultyStep(loop.TrainStep):
 if __name__ == "__main__":
     if os.environ["RANK"] == RANK and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         loop.TrainStep = FaultyStep
-    sys.exit(cli.main())
+    cli.as_process()
