@@ -186,8 +186,12 @@ def test_bad_arguments_raise_before_anything_is_written(change, words):
 
 def test_output_must_not_be_the_input():
     x, weight, _ = _problem(1, 16, 8, 8, 16)
-    with pytest.raises(RuntimeError, match="overlaps"):
-        ops.pointwise_conv(x, pointwise_weight(weight), None, None, False, 1, 1, x)
+    packed = pointwise_weight(weight)
+    with pytest.raises(RuntimeError, match="overlaps the memory of x"):
+        ops.pointwise_conv(x, packed, None, None, False, 1, 1, x)
+    inside = packed.view(-1)[:1024].as_strided((1, 16, 8, 8), (1024, 1, 128, 16))
+    with pytest.raises(RuntimeError, match="overlaps the memory of packed"):
+        ops.pointwise_conv(x, packed, None, None, False, 1, 1, inside)
 
 
 @pytest.mark.parametrize(
