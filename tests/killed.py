@@ -160,6 +160,7 @@ def train(root: Path, steps: list[int], options: list[str]) -> list[dict[str, An
                 if trainer.step == die_after:
                     os.kill(os.getpid(), signal.SIGKILL)
 
+            # in a forked process, which ends with this run: there is nothing to put back
             Trainer._log_step = last  # type: ignore[method-assign]
             if cli.main(["train", "--quiet", "--no-compare", *arguments]):
                 raise RuntimeError(f"resfast train {' '.join(arguments)}")

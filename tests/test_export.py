@@ -138,6 +138,7 @@ def test_safetensors_hold_every_weight_and_the_metadata(tmp_path, capsys, source
     assert "logits" not in text.split("read back")[0]
     with safetensors.safe_open(out, "pt") as file:
         info = file.metadata()
+        # a handle on the file, not a dict: it cannot be iterated over
         stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     assert stored.keys() == network.state_dict().keys()
     for key, value in network.state_dict().items():

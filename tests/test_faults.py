@@ -223,9 +223,14 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_previous_ones_and_no_rubbish(
     assert ckpt.load(tmp_path / BEST)["step"] == 1
 
 
+full_device = pytest.mark.skipif(
+    not Path("/dev/full").exists(),
+    reason="no /dev/full, where every write finds a full disk: Linux",
+)
+
+
+@full_device
 def test_a_row_that_does_not_fit_names_its_file():
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
     with pytest.raises(WriteError, match=rf"cannot write /dev/full: {FULL}"):
         Recorder(Path("/dev/full"))({"kind": "step"})
 
@@ -283,10 +288,9 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on_from_what_is_kept(
     assert_same_run(run, whole[0])
 
 
+@full_device
 def test_a_log_that_does_not_fit_loses_no_step(tmp_path, monkeypatch, capsys, whole):
     """The log's disk is full from step 18 on, the checkpoints' is not."""
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
     run = tmp_path / "run"
     log, aside = run / "metrics.jsonl", tmp_path / "aside"
     real = Trainer._log_step
@@ -347,7 +351,7 @@ def lock(folder: Path) -> None:
         try:
             os.seteuid(65534)
         except OSError as error:
-            pytest.skip(f"no other user to be here: {error}")
+            pytest.skip(f"root writes anywhere, and may not become another user here: {error}")
 
 
 def test_a_folder_without_permission_is_named_and_left_as_it_is(locked, capsys, whole):
