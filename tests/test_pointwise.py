@@ -137,6 +137,11 @@ def test_epilogue(relu, c, isa):
     assert torch.equal(in_place, out)
 
 
+def test_each_instruction_set_runs_kernels_of_its_own(isa):
+    """Told by the columns that fit its registers."""
+    assert ops.panel_columns() == {"avx512": 64, "avx2": 16, "scalar": 8}[isa]
+
+
 def test_nan_and_infinity_stay(isa):
     x, weight, _ = _problem(1, 16, 8, 8, 16)
     x[0, 3, 2, 2] = math.nan

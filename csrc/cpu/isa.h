@@ -16,4 +16,24 @@ void set_cpu_isa(const char* name);
 
 const char* isa_name(Isa isa);
 
+template <class Kernels>
+const Kernels& pick(const Kernels& scalar, const Kernels& avx2, const Kernels& avx512) {
+  const Isa isa = cpu_isa();
+  return isa == Isa::avx512 ? avx512 : isa == Isa::avx2 ? avx2 : scalar;
+}
+
 }  // namespace resfast
+
+// The table of kernels `name`_<isa> of the chosen set; cpu_isa() is never one not compiled in.
+#if defined(RESFAST_HAS_AVX2)
+#define RESFAST_AVX2_TABLE(name) name##_avx2
+#else
+#define RESFAST_AVX2_TABLE(name) name##_scalar
+#endif
+#if defined(RESFAST_HAS_AVX512)
+#define RESFAST_AVX512_TABLE(name) name##_avx512
+#else
+#define RESFAST_AVX512_TABLE(name) name##_scalar
+#endif
+#define RESFAST_PICK(name) \
+  ::resfast::pick(name##_scalar, RESFAST_AVX2_TABLE(name), RESFAST_AVX512_TABLE(name))

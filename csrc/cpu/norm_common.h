@@ -16,18 +16,7 @@
 namespace resfast {
 
 inline const NormKernels& norm_kernels() {
-  switch (cpu_isa()) {
-#if defined(RESFAST_HAS_AVX512)
-    case Isa::avx512:
-      return norm_kernels_avx512;
-#endif
-#if defined(RESFAST_HAS_AVX2)
-    case Isa::avx2:
-      return norm_kernels_avx2;
-#endif
-    default:
-      return norm_kernels_scalar;
-  }
+  return RESFAST_PICK(norm_kernels);
 }
 
 inline Storage storage_of(const Tensor& t) {

@@ -19,18 +19,7 @@ namespace {
 constexpr int64_t kTileBytes = 128 * 1024;
 
 const NormPoolKernels& pool_kernels() {
-  switch (cpu_isa()) {
-#if defined(RESFAST_HAS_AVX512)
-    case Isa::avx512:
-      return norm_pool_kernels_avx512;
-#endif
-#if defined(RESFAST_HAS_AVX2)
-    case Isa::avx2:
-      return norm_pool_kernels_avx2;
-#endif
-    default:
-      return norm_pool_kernels_scalar;
-  }
+  return RESFAST_PICK(norm_pool_kernels);
 }
 
 PoolShape check_pool(const Tensor& z, int64_t kernel, int64_t stride, int64_t padding) {

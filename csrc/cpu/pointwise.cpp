@@ -21,18 +21,7 @@ constexpr int64_t kBlockRows = 192;
 constexpr int64_t kBlockBytes = 512 * 1024;  // of the pixels of one block, half an L2 cache
 
 const PointwiseKernels& pointwise_kernels() {
-  switch (cpu_isa()) {
-#if defined(RESFAST_HAS_AVX512)
-    case Isa::avx512:
-      return pointwise_kernels_avx512;
-#endif
-#if defined(RESFAST_HAS_AVX2)
-    case Isa::avx2:
-      return pointwise_kernels_avx2;
-#endif
-    default:
-      return pointwise_kernels_scalar;
-  }
+  return RESFAST_PICK(pointwise_kernels);
 }
 
 // The pixels of x that a strided 1×1 convolution reads, in the order of its output.

@@ -25,18 +25,7 @@ constexpr int64_t kLeastTiles = 12;
 constexpr int64_t kPointPadding = 16;  // floats: keeps the points out of one cache set
 
 const WinogradKernels& winograd_kernels() {
-  switch (cpu_isa()) {
-#if defined(RESFAST_HAS_AVX512)
-    case Isa::avx512:
-      return winograd_kernels_avx512;
-#endif
-#if defined(RESFAST_HAS_AVX2)
-    case Isa::avx2:
-      return winograd_kernels_avx2;
-#endif
-    default:
-      return winograd_kernels_scalar;
-  }
+  return RESFAST_PICK(winograd_kernels);
 }
 
 void check_tile(int64_t tile) {
