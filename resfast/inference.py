@@ -35,7 +35,7 @@ from resfast.backends.packed_pool import (
     prepare_pooled_convolution,
 )
 from resfast.backends.select import select
-from resfast.inference_memory import OVERWRITES, PREPARED, Memory, plan_memory
+from resfast.inference_memory import PREPARED, Memory, plan_memory
 
 MAX_PLANS = 8
 Plan = Callable[[Tensor], Any]
@@ -263,7 +263,7 @@ def _use_planned_memory(graph: fx.GraphModule) -> Memory:
     for node, position in positions.items():
         with graph.graph.inserting_before(node):
             out = graph.graph.call_function(operator.getitem, (tensors, position))
-        node.args = (*node.args, out)
+        node.args = (*node.args[:3], out)
     return memory
 
 
@@ -295,14 +295,13 @@ def _prepare(graph: fx.GraphModule, node: fx.Node) -> None:
         _prepare_pooled(graph, node, *pool, (x, weight, bias, geometry, norm))
         return
     run = prepare_convolution(x, weight, bias, geometry, norm)
-    overwrite = _is_last_use(node, node.args[7])
-    arguments = (node.args[0], node.args[7], relu, overwrite)
+    # the residual's memory, where nothing reads it afterwards
+    out = node.args[7] if _is_last_use(node, node.args[7]) else None
+    arguments = (node.args[0], node.args[7], relu, out)
     with graph.graph.inserting_before(node):
         call = graph.graph.call_function(_named(run, node.name), arguments)
     # its consumers ask for its shape
     call.meta = {**node.meta, PREPARED: own_kernel(x, weight, geometry) is not None}
-    if overwrite:
-        call.meta[OVERWRITES] = True
     node.replace_all_uses_with(call)
     graph.graph.erase_node(node)
 
@@ -329,7 +328,7 @@ def _prepare_pooled(
         *convolution, conv_shape=node.meta["val"].shape, pooled_shape=pooled.shape, window=window
     )
     with graph.graph.inserting_before(pool):
-        arguments = (node.args[0], None, True, False)
+        arguments = (node.args[0], None, True, None)
         call = graph.graph.call_function(_named(run, f"{node.name}_max_pool"), arguments)
     call.meta = {**pool.meta, "val": pooled, PREPARED: True}
     for maxima in list(pool.users):

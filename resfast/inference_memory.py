@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx
 
 PREPARED = "resfast prepared convolution"  # in a node's meta; its value: the kernel is our own
-OVERWRITES = "resfast overwrites its residual"
 
 # Calls whose results never share memory with what they read.
 _COPYING = {
@@ -59,7 +58,7 @@ def plan_memory(graph: fx.Graph) -> tuple[Memory, dict[fx.Node, int]]:
     positions: dict[fx.Node, int] = {}
     free_after: list[int] = []  # by buffer: the last call that reads what is in it
     for node in graph.nodes:
-        if not node.meta.get(PREPARED) or OVERWRITES in node.meta:
+        if not node.meta.get(PREPARED) or _overwritten(node) is not None:
             continue
         last = _last_use(node, order)
         if last is None:
@@ -87,7 +86,7 @@ def _last_use(node: fx.Node, order: dict[fx.Node, int]) -> int | None:
     for user in node.users:
         if PREPARED in user.meta:
             last = max(last, order[user])
-            if OVERWRITES in user.meta and _residual(user) is node:
+            if _overwritten(user) is node:
                 beyond = _last_use(user, order)
                 if beyond is None:
                     return None
@@ -99,5 +98,7 @@ def _last_use(node: fx.Node, order: dict[fx.Node, int]) -> int | None:
     return last
 
 
-def _residual(node: fx.Node) -> Any:
-    return node.args[1]
+def _overwritten(node: fx.Node) -> Any:
+    """The residual whose memory a prepared convolution takes, or None."""
+    _, residual, _, out = node.args
+    return residual if out is residual else None

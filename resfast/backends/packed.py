@@ -8,6 +8,7 @@ weights, in fp32. Transforming or packing costs a pass over the weights each, he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -26,17 +27,12 @@ _SAMPLES = 64  # as in csrc/cpu/sample.cpp
 class PackedConvolution(Protocol):
     """act(conv(x) + residual), with everything else prepared.
 
-    With ``overwrite`` the result takes the residual's memory, which must not be x's. ``out``, for
-    the kernels of our own alone, is memory for the result.
+    ``out`` is memory for the result: the residual itself, or, for the kernels of our own alone,
+    any that is not x.
     """
 
     def __call__(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        relu: bool,
-        overwrite: bool = False,
-        out: Tensor | None = None,
+        self, x: Tensor, residual: Tensor | None, relu: bool, out: Tensor | None = None
     ) -> Tensor: ...
 
 
@@ -196,45 +192,36 @@ def prepare_convolution(
     return _winograd(weight, _TILES[own], affine.scale, shift)
 
 
-def _winograd(weight: Tensor, tile: int, scale: Tensor, shift: Tensor) -> PackedConvolution:
-    filters, channels = winograd_weight(weight, tile), weight.shape[0]
+def writing_convolution(
+    write: Callable[[Tensor, Tensor | None, bool, Tensor], None],
+    output: Callable[[Tensor], Tensor],
+) -> PackedConvolution:
+    """Of a kernel that writes (x, residual, relu) to memory it is given; else to ``output(x)``."""
 
-    def run(
-        x: Tensor,
-        residual: Tensor | None,
-        relu: bool,
-        overwrite: bool = False,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        n, _, h, w = x.shape
-        if overwrite:
-            out = residual
-        if out is None:
-            out = empty_nhwc((n, channels, h, w), x)
-        torch.ops.resfast.winograd_conv(x, filters, scale, shift, residual, relu, False, out)
+    def run(x: Tensor, residual: Tensor | None, relu: bool, out: Tensor | None = None) -> Tensor:
+        out = output(x) if out is None else out
+        write(x, residual, relu, out)
         return out
 
     return run
+
+
+def _winograd(weight: Tensor, tile: int, scale: Tensor, shift: Tensor) -> PackedConvolution:
+    filters, channels = winograd_weight(weight, tile), weight.shape[0]
+
+    def write(x: Tensor, residual: Tensor | None, relu: bool, out: Tensor) -> None:
+        torch.ops.resfast.winograd_conv(x, filters, scale, shift, residual, relu, False, out)
+
+    return writing_convolution(write, lambda x: empty_nhwc((x.shape[0], channels, *x.shape[2:]), x))
 
 
 def _pointwise(weight: Tensor, g: ConvGeometry, scale: Tensor, shift: Tensor) -> PackedConvolution:
     packed, channels = pointwise_weight(weight, scale), weight.shape[0]
 
-    def run(
-        x: Tensor,
-        residual: Tensor | None,
-        relu: bool,
-        overwrite: bool = False,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        if overwrite:
-            out = residual
-        if out is None:
-            out = pointwise_output(x, channels, g)
+    def write(x: Tensor, residual: Tensor | None, relu: bool, out: Tensor) -> None:
         torch.ops.resfast.pointwise_conv(x, packed, shift, residual, relu, *g.stride, out)
-        return out
 
-    return run
+    return writing_convolution(write, lambda x: pointwise_output(x, channels, g))
 
 
 def _onednn(
@@ -244,14 +231,8 @@ def _onednn(
     folded = weight.detach() * scale.view(-1, 1, 1, 1)
     packed = torch.ops.mkldnn._reorder_convolution_weight(folded, *geometry, x.shape)
 
-    def run(
-        x: Tensor,
-        residual: Tensor | None,
-        relu: bool,
-        overwrite: bool = False,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        assert out is None
+    def run(x: Tensor, residual: Tensor | None, relu: bool, out: Tensor | None = None) -> Tensor:
+        assert out is residual or out is None
         attr: str | None
         if residual is None:
             attr = "relu" if relu else "none"
@@ -259,7 +240,7 @@ def _onednn(
                 x, packed, shift, *geometry, attr, [], ""
             )
         attr = "relu" if relu else None
-        if overwrite:
+        if out is residual:
             return torch.ops.mkldnn._convolution_pointwise_.binary(
                 residual, x, packed, shift, *geometry, "add", 1.0, attr, [], ""
             )

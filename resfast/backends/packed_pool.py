@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from resfast.backends.interface import ConvGeometry, NormVectors, empty_nhwc
-from resfast.backends.packed import PackedConvolution, prepare_convolution
+from resfast.backends.packed import PackedConvolution, prepare_convolution, writing_convolution
 
 _PIECE_BYTES = 8 * 2**20  # of the convolution's output
 _LARGEST_WINDOW = 15  # as in csrc/cpu/norm_pool_kernels.h
@@ -66,18 +66,9 @@ def prepare_pooled_convolution(
     zero, one = torch.zeros(channels), torch.ones(channels)
     shape = tuple(pooled_shape)
 
-    def run(
-        x: Tensor,
-        residual: Tensor | None,
-        relu: bool,
-        overwrite: bool = False,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        if out is None:
-            out = empty_nhwc(shape, x)
+    def write(x: Tensor, residual: Tensor | None, relu: bool, out: Tensor) -> None:
         for piece, pooled in zip(x.split(count), out.split(count), strict=True):
             y = convolution(piece, None, True)
             torch.ops.resfast.norm_apply_max_pool(y, zero, one, zero, *window, pooled, None)
-        return out
 
-    return run
+    return writing_convolution(write, lambda x: empty_nhwc(shape, x))
