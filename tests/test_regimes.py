@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interrupted import fit_in_two, losses_of
 from torch import nn
 
 from resfast.training import loop
 from resfast.training.checkpoint import BEST, CheckpointFolder, NonFiniteError, load
 from resfast.training.config import OptionError, TrainConfig
 from resfast.training.data import load_dataset
-from resfast.training.loop import Stopped, Trainer, TrainStep, learning_rate
+from resfast.training.loop import Trainer, TrainStep, learning_rate
 from resfast.training.mix import Mix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -321,31 +321,13 @@ EVERYTHING = {
 @pytest.mark.parametrize("stop_after", [3, 9, 12])
 def test_resumed_run_repeats_the_uninterrupted_one_with_every_option(tmp_path, stop_after):
     expected: list = []
-    whole = _trainer(**EVERYTHING)
-    whole.progress = lambda step, loss: expected.append(loss)
+    whole = losses_of(_trainer(**EVERYTHING), expected)
     whole.fit()
-
-    losses: list = []
     first = _trainer(tmp_path, **EVERYTHING)
-    first.progress = lambda step, loss: losses.append(loss)
-
-    class Stop:
-        @property
-        def signum(self):
-            return signal.SIGTERM if first.step >= stop_after else None
-
-    first.stop = Stop()
-    with pytest.raises(Stopped):
-        first.fit()
-    state, _ = CheckpointFolder(tmp_path).load_latest()
-    torch.manual_seed(99)
-    second = _trainer(**EVERYTHING)
-    second.progress = lambda step, loss: losses.append(loss)
-    second.load_state_dict(state)
-    second.fit()
+    resumed, losses = fit_in_two(first, lambda: _trainer(**EVERYTHING), tmp_path, stop_after)
     assert losses == expected
     for part in ("model", "average"):
-        ours, theirs = (getattr(t, part).state_dict() for t in (second, whole))
+        ours, theirs = (getattr(t, part).state_dict() for t in (resumed, whole))
         assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
 
 

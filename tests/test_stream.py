@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -15,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupted import fit_in_two, losses_of, running
 from torch import nn
 
 from resfast.training import data as data_module
 from resfast.training.checkpoint import CheckpointFolder
 from resfast.training.config import OptionError, TrainConfig, UserError
 from resfast.training.data import load_dataset, read_image
-from resfast.training.loop import Stopped, Trainer
+from resfast.training.loop import Trainer
 from resfast.training.stream import Crops, _begin_reading, _signals_held, default_workers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -226,34 +226,21 @@ EVERYTHING = {"mixup": 0.2, "cutmix": 1.0, "ema": 0.9, "start_size": 0.75, "accu
 def test_resumed_run_repeats_the_uninterrupted_one(tree, tmp_path, stop_after):
     """4 steps an epoch; with other numbers of workers before and after, and every option."""
     expected: list = []
-    whole = make_trainer(tree, **EVERYTHING)
-    whole.progress = lambda step, loss: expected.append(loss)
+    whole = losses_of(make_trainer(tree, **EVERYTHING), expected)
     whole.fit()
     assert len(expected) == 8
 
-    losses: list = []
     first = make_trainer(tree, tmp_path, workers=2, **EVERYTHING)
-    first.progress = lambda step, loss: losses.append(loss)
 
-    class Stop:
-        @property
-        def signum(self):
-            return signal.SIGTERM if first.step >= stop_after else None
+    def second() -> Trainer:
+        assert not multiprocessing.active_children()
+        return make_trainer(tree, workers=1, **EVERYTHING)
 
-    first.stop = Stop()
-    with pytest.raises(Stopped):
-        first.fit()
-    assert not multiprocessing.active_children()
-    state, _ = CheckpointFolder(tmp_path).load_latest()
-    torch.manual_seed(99)
-    second = make_trainer(tree, workers=1, **EVERYTHING)
-    second.progress = lambda step, loss: losses.append(loss)
-    second.load_state_dict(state)
-    second.fit()
+    resumed, losses = fit_in_two(first, second, tmp_path, stop_after)
     assert losses == expected
-    ours, theirs = second.model.state_dict(), whole.model.state_dict()
+    ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
-    assert second.evaluate(second.data.test) == whole.evaluate(whole.data.test)
+    assert resumed.evaluate(resumed.data.test) == whole.evaluate(whole.data.test)
 
 
 def test_time_that_passes_in_reading_is_time_waited(tree, monkeypatch):
@@ -573,37 +560,16 @@ def test_signals_to_the_whole_group_stop_the_run_in_order(tree, tmp_path):
     """As a scheduler sends SIGTERM, and a terminal Ctrl-C, to the workers too."""
     pytest.importorskip("matplotlib", reason="`resfast train` draws curves")
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "resfast.cli", "train", "--no-compare", "--quiet"]
-    start = [
-        *command,
-        "--data",
-        str(tree),
-        "--stream",
-        "on",
-        "--image-size",
-        "16",
-        "--workers",
-        "2",
-    ]
-    start += ["--batch-size", "8", "--epochs", "500", "--threads", "1", "--out", str(run)]
-    process = subprocess.Popen(start, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        log = run / "metrics.jsonl"
-        deadline = time.monotonic() + 100
-        while not (log.exists() and '"epoch"' in log.read_text()):
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    options = f"--data {tree} --stream on --image-size 16 --workers 2 --batch-size 8"
+    with running(run, *options.split(), start_new_session=True) as process:
         os.killpg(process.pid, signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
     assert process.returncode == 143, errors
     assert f"resfast train --resume {run}" in errors
     assert errors.count("\n") == 1, errors
     state, _ = CheckpointFolder(run).load_latest()
     assert (state["config"]["stream"], state["config"]["flip"]) == ("on", True)
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < row["waiting_share"] < 1 for row in rows if row["kind"] == "epoch")
 
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from interrupted import StopAfter
 from ranks import run_checks
 from torch import nn
 
@@ -30,7 +30,7 @@ from resfast.training.checkpoint import CheckpointFolder, NonFiniteError
 from resfast.training.config import OptionError, TrainConfig, UserError
 from resfast.training.data import load_dataset
 from resfast.training.distributed import Ranks, job, join
-from resfast.training.loop import Stopped, StopSignals, Trainer, TrainStep
+from resfast.training.loop import Stopped, Trainer, TrainStep
 from resfast.training.model import create_for
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -97,18 +97,6 @@ def recorded(trainer: Trainer) -> list:
 
 def shared_folder() -> Path:
     return Path(ranks_here().share(tempfile.mkdtemp()))
-
-
-class StopAfter(StopSignals):
-    """As if SIGTERM came to this rank alone, during a trainer's given step."""
-
-    def __init__(self, trainer: Trainer, step: int) -> None:
-        self.trainer = trainer
-        self.step = step
-
-    @property
-    def signum(self) -> int | None:
-        return signal.SIGTERM if self.trainer.step >= self.step else None
 
 
 # ---- one step, in float64: there a wrong share of anything stands out from rounding

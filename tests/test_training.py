@@ -6,13 +6,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from interrupted import COMMAND, StopAfter, running
 from torch import nn
 
 from resfast.training import checkpoint as ckpt
@@ -51,23 +50,6 @@ def make_trainer(folder: Path | None = None, *, losses: list | None = None, **op
     if losses is not None:
         trainer.progress = lambda step, loss: losses.append((step, loss))
     return trainer
-
-
-class StopAfter(StopSignals):
-    """As if SIGTERM came during a trainer's given step."""
-
-    def __init__(self, trainer: Trainer, step: int) -> None:
-        super().__init__()
-        self.trainer = trainer
-        self.step = step
-
-    @property
-    def signum(self) -> int | None:
-        return signal.SIGTERM if self.trainer.step >= self.step else None
-
-    @signum.setter
-    def signum(self, value: int | None) -> None:
-        pass
 
 
 # Data
@@ -474,27 +456,16 @@ def test_interval_of_a_proportion():
 def test_interrupted_process_leaves_a_usable_checkpoint(tmp_path):
     """SIGINT in the middle of an epoch of a real process: status 130, then a resumed run ends."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "resfast.cli", "train", "--no-compare", "--quiet"]
-    start = [*command, "--out", str(run), "--epochs", "500", "--threads", "1"]
-    process = subprocess.Popen(start, stderr=subprocess.PIPE, text=True)
-    try:
-        log = run / "metrics.jsonl"
-        deadline = time.monotonic() + 100
-        while not (log.exists() and '"epoch"' in log.read_text()):
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    with running(run) as process:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
     assert process.returncode == 130, errors
     assert f"resfast train --resume {run}" in errors
     assert "Traceback" not in errors
     state, _ = CheckpointFolder(run).load_latest()
     done = state["sampler"]["epoch"]
     resumed = subprocess.run(
-        [*command, "--resume", str(run), "--epochs", str(done + 1)],
+        [*COMMAND, "--resume", str(run), "--epochs", str(done + 1)],
         capture_output=True,
         text=True,
         timeout=100,
@@ -502,6 +473,6 @@ def test_interrupted_process_leaves_a_usable_checkpoint(tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["training"]["epochs"] == done + 1
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     epochs = [row["epoch"] for row in rows if row["kind"] == "epoch"]
     assert epochs == list(range(1, done + 2))
