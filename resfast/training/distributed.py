@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import os
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from resfast.training.config import OptionError, TrainConfig, UserError, resolve
 # For a rank that hangs: torchrun sees at once when one dies. Ranks wait for each other longest
 # while they read their data.
 TIMEOUT = datetime.timedelta(minutes=10)
+# Seconds that a rank outlives the one it lost: torchrun, which looks ten times a second, then names
+# that one as the cause.
+GRACE = 1.0
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,7 @@ class Ranks:
         except RuntimeError as error:
             if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
+            time.sleep(GRACE)
             raise UserError(f"rank {self.rank} lost contact: another rank has ended") from error
 
     def leave(self) -> None:
