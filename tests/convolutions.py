@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
+from resfast import native
+from resfast.backends import cpu
+from resfast.backends.interface import NormVectors, nhwc
+from resfast.backends.packed import packed_convolution
 from resfast.testing import FLOOR_ULPS, SINGLE_FACTOR
 
 
@@ -38,3 +43,45 @@ def assert_close(result, exact):
     assert result.shape == exact.shape
     assert rms(result - exact) <= 2e-6 * rms(exact)
     assert (result - exact).abs().max() <= 2e-5 * rms(exact)
+
+
+def assert_prepared_once_and_anew(x, weight, g):
+    """One prepared convolution serves all sizes; a change of any of its inputs makes it anew."""
+    vectors = [torch.rand(weight.shape[0]) + 0.5 for _ in range(4)]
+    gamma, beta, mean, var = vectors
+    norm = NormVectors(*vectors, 1e-5)
+
+    def check(images):
+        y = packed_convolution(images, weight, None, g, norm)(images, None, False)
+        z = F.conv2d(images, weight, None, *g)
+        exact = F.batch_norm(z, mean, var, gamma, beta, False)
+        torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-4)
+
+    check(x)
+    check(nhwc(torch.randn(1, x.shape[1], 20, 24)))
+    first = packed_convolution(x, weight, None, g, norm)
+    assert packed_convolution(x, weight, None, g, norm) is first
+    weight.data.mul_(2)
+    check(x)
+    var.mul_(3)
+    check(x)
+    native._C.set_cpu_isa("scalar")
+    check(x)
+
+
+def calls_of(names, monkeypatch):
+    """Which of these functions the CPU backend calls from now on, in order."""
+    called = []
+
+    def watch(name):
+        original = getattr(cpu, name)
+
+        def watched(*arguments):
+            called.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(cpu, name, watched)
+
+    for name in names:
+        watch(name)
+    return called

@@ -8,11 +8,15 @@ import needs
 import pytest
 import torch
 import torch.nn.functional as F
-from convolutions import assert_close, assert_criterion
+from convolutions import (
+    assert_close,
+    assert_criterion,
+    assert_prepared_once_and_anew,
+    calls_of,
+)
 
 from resfast.backends import backend
-from resfast.backends.interface import ConvGeometry, NormVectors, nhwc
-from resfast.backends.packed import packed_convolution
+from resfast.backends.interface import ConvGeometry, nhwc
 from resfast.backends.pointwise import (
     is_pointwise,
     pointwise_dgrad,
@@ -268,46 +272,17 @@ def test_what_is_run_as_a_product(x, weight, geometry, runs):
 
 
 def test_prepared_weights_follow_weights_norm_and_instruction_set(isa):
-    """One prepared convolution serves all sizes; a change of any of its inputs makes it anew."""
-    from resfast import _C
-
     x, weight, _ = _problem(2, 16, 6, 6, 32)
-    vectors = [torch.rand(32) + 0.5 for _ in range(4)]
-    norm = NormVectors(*vectors, 1e-5)
-
-    def check(images):
-        y = packed_convolution(images, weight, None, PLAIN, norm)(images, None, False)
-        z = F.conv2d(images, weight)
-        gamma, beta, mean, var = vectors
-        torch.testing.assert_close(
-            y, F.batch_norm(z, mean, var, gamma, beta, False), rtol=1e-4, atol=1e-4
-        )
-
-    check(x)
-    check(nhwc(torch.randn(1, 16, 4, 7)))
-    first = packed_convolution(x, weight, None, PLAIN, norm)
-    assert packed_convolution(x, weight, None, PLAIN, norm) is first
-    weight.data.mul_(2)
-    check(x)
-    vectors[3].mul_(3)
-    check(x)
-    _C.set_cpu_isa("scalar")
-    check(x)
+    assert_prepared_once_and_anew(x, weight, PLAIN)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_training_runs_the_products_forward_and_backward(stride, monkeypatch):
     """Through the public op; the input's gradient at stride 2 is the library's."""
-    from resfast.backends import cpu
     from resfast.ops import ConvParams, NormParams, conv_bn_act
 
-    called = []
     names = ["pointwise_fprop", "pointwise_dgrad", "pointwise_wgrad"]
-    for name in names:
-        original = getattr(cpu, name)
-        monkeypatch.setattr(
-            cpu, name, lambda *a, name=name, original=original: called.append(name) or original(*a)
-        )
+    called = calls_of(names, monkeypatch)
     x, weight, _ = _problem(4, 32, 6, 6, 32)
     x.requires_grad_()
     weight.requires_grad_()

@@ -8,11 +8,15 @@ import needs
 import pytest
 import torch
 import torch.nn.functional as F
-from convolutions import assert_close, assert_criterion
+from convolutions import (
+    assert_close,
+    assert_criterion,
+    assert_prepared_once_and_anew,
+    calls_of,
+)
 
 from resfast.backends import backend
-from resfast.backends.interface import ConvGeometry, NormVectors, nhwc
-from resfast.backends.packed import packed_convolution
+from resfast.backends.interface import ConvGeometry, nhwc
 from resfast.backends.winograd import (
     winograd_dgrad,
     winograd_fprop,
@@ -246,45 +250,16 @@ def test_what_is_run_by_winograd(x, weight, geometry, tile):
 
 
 def test_prepared_filters_follow_weights_norm_and_instruction_set(isa):
-    """One prepared convolution serves all sizes; a change of any of its inputs makes it anew."""
-    from resfast import _C
-
     x, weight, _ = _problem(2, 16, 16, 16, 16)
-    vectors = [torch.rand(16) + 0.5 for _ in range(4)]
-    norm = NormVectors(*vectors, 1e-5)
-
-    def check(images):
-        y = packed_convolution(images, weight, None, PLAIN, norm)(images, None, False)
-        z = F.conv2d(images, weight, padding=1)
-        gamma, beta, mean, var = vectors
-        torch.testing.assert_close(
-            y, F.batch_norm(z, mean, var, gamma, beta, False), rtol=1e-4, atol=1e-4
-        )
-
-    check(x)
-    check(nhwc(torch.randn(1, 16, 20, 24)))
-    first = packed_convolution(x, weight, None, PLAIN, norm)
-    assert packed_convolution(x, weight, None, PLAIN, norm) is first
-    weight.data.mul_(2)
-    check(x)
-    vectors[3].mul_(3)
-    check(x)
-    _C.set_cpu_isa("scalar")
-    check(x)
+    assert_prepared_once_and_anew(x, weight, PLAIN)
 
 
 def test_training_runs_winograd_forward_and_backward(monkeypatch):
     """A convolution large enough for it, through the public op."""
-    from resfast.backends import cpu
     from resfast.ops import ConvParams, NormParams, conv_bn_act
 
-    called = []
     names = ["winograd_fprop", "winograd_dgrad", "winograd_wgrad"]
-    for name in names:
-        original = getattr(cpu, name)
-        monkeypatch.setattr(
-            cpu, name, lambda *a, name=name, original=original: called.append(name) or original(*a)
-        )
+    called = calls_of(names, monkeypatch)
     x, weight, _ = _problem(4, 32, 16, 16, 32)
     x.requires_grad_()
     weight.requires_grad_()
