@@ -27,8 +27,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
       "Tensor index, int kernel, int stride, int padding, Tensor? coef_z, Tensor? coef_1, "
       "Tensor(a!) dz) -> ()");
   m.def("empty_kept(Tensor like, int n, int c, int h, int w) -> Tensor");
-  m.def("release_kept() -> ()");
-  m.def("kept_bytes() -> int");
+  m.def("release_kept() -> int");
   m.def("panel_columns() -> int");
   m.def("pointwise_weight(Tensor weight, Tensor? scale, bool transposed, Tensor(a!) packed) -> ()");
   m.def(

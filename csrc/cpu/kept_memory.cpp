@@ -70,15 +70,13 @@ class Pool {
     }
   }
 
-  void release() {
+  // Frees what is idle, and forgets how much was ever in use. Returns the bytes freed.
+  int64_t release() {
     const std::lock_guard lock(mutex_);
+    const int64_t freed = idle_bytes_;
     shrink(0);
     most_ = used_bytes_;
-  }
-
-  int64_t idle_bytes() {
-    const std::lock_guard lock(mutex_);
-    return idle_bytes_;
+    return freed;
   }
 
   std::mutex& mutex() { return mutex_; }
@@ -142,12 +140,8 @@ Tensor empty_kept(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w
   }
 }
 
-void release_kept() {
-  pool().release();
-}
-
-int64_t kept_bytes() {
-  return pool().idle_bytes();
+int64_t release_kept() {
+  return pool().release();
 }
 
 }  // namespace
@@ -159,5 +153,4 @@ STABLE_TORCH_LIBRARY_IMPL(resfast, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(resfast, CompositeExplicitAutograd, m) {
   m.impl("release_kept", TORCH_BOX(&resfast::release_kept));
-  m.impl("kept_bytes", TORCH_BOX(&resfast::kept_bytes));
 }

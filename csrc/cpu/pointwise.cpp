@@ -52,8 +52,8 @@ struct Pixels {
   }
 };
 
-// [ceil(K / columns), C, columns] of weight [K, C, 1, 1] times scale [K], zero beyond K;
-// transposed, [ceil(C / columns), K, columns].
+// [ceil(K / columns), C, columns] of weight [K, C, 1, 1] times scale [K]; transposed,
+// [ceil(C / columns), K, columns].
 void pointwise_weight(const Tensor& weight, const OptionalTensor& scale, bool transposed,
                       const Tensor& packed) {
   check_float(weight, "weight");
@@ -89,7 +89,6 @@ void pointwise_weight(const Tensor& weight, const OptionalTensor& scale, bool tr
       const int64_t column = panel * columns, existing = std::min(columns, k - column);
       const float* from = w + column * column_stride;
       float* to = u + panel * c * columns;
-      if (existing < columns) std::fill(to + first * columns, to + last * columns, 0.0f);
       const auto put = [&](int64_t channel, int64_t j) {
         const float value = from[j * column_stride + channel * channel_stride];
         to[channel * columns + j] = s ? value * s[column + j] : value;
