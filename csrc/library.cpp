@@ -34,7 +34,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
       "pointwise_conv(Tensor x, Tensor packed, Tensor? shift, Tensor? residual, bool relu, "
       "int stride_h, int stride_w, Tensor(a!) out) -> ()");
   m.def(
-      "pointwise_wgrad(Tensor x, Tensor dz, int stride_h, int stride_w, Tensor(a!) dweight) -> ()");
+      "im2col_dgrad(Tensor dz, Tensor weight, int stride_h, int stride_w, int padding_h, "
+      "int padding_w, Tensor(a!) packed, Tensor(b!) dx) -> ()");
+  m.def(
+      "im2col_wgrad(Tensor x, Tensor dz, int stride_h, int stride_w, int padding_h, int padding_w, "
+      "Tensor(a!) dweight) -> ()");
   m.def("winograd_weight(Tensor weight, bool transposed, int tile, Tensor(a!) packed) -> ()");
   m.def(
       "winograd_conv(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, Tensor? residual, "

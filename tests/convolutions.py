@@ -45,6 +45,19 @@ def assert_close(result, exact):
     assert (result - exact).abs().max() <= 2e-5 * rms(exact)
 
 
+def assert_same_on_any_threads(compute):
+    """``compute()``: a list of tensors, bit by bit the same on one thread and on several."""
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(compute())
+    finally:
+        torch.set_num_threads(threads)
+    for several in results[1:]:
+        assert all(map(torch.equal, results[0], several))
+
+
 def assert_prepared_once_and_anew(x, weight, g):
     """One prepared convolution serves all sizes; a change of any of its inputs makes it anew."""
     vectors = [torch.rand(weight.shape[0]) + 0.5 for _ in range(4)]

@@ -12,6 +12,7 @@ from convolutions import (
     assert_close,
     assert_criterion,
     assert_prepared_once_and_anew,
+    assert_same_on_any_threads,
     calls_of,
 )
 
@@ -23,7 +24,6 @@ from resfast.backends.pointwise import (
     pointwise_fprop,
     pointwise_output,
     pointwise_weight,
-    pointwise_wgrad,
 )
 
 pytestmark = needs.native_library
@@ -50,11 +50,6 @@ def _backward_x(dz, weight):
     return torch.nn.grad.conv2d_input((dz.shape[0], weight.shape[1], *dz.shape[2:]), weight, dz)
 
 
-def _backward_weight(dz, x, stride=1):
-    shape = (dz.shape[1], x.shape[1], 1, 1)
-    return torch.nn.grad.conv2d_weight(x, shape, dz, stride=stride)
-
-
 @pytest.mark.parametrize(
     ("c", "k"), [(64, 256), (256, 64), (512, 128), (1024, 256), (2048, 512), (16, 16)]
 )
@@ -63,12 +58,6 @@ def test_error_against_float64_is_that_of_stock(c, k):
     x, weight, dz = _problem(4, c, 14, 14, k)
     assert_criterion(pointwise_fprop(x, weight, PLAIN), F.conv2d, x, weight)
     assert_criterion(pointwise_dgrad(dz, weight), _backward_x, dz, weight)
-    assert_criterion(pointwise_wgrad(dz, x, weight, PLAIN), _backward_weight, dz, x)
-
-
-def test_error_of_the_weights_gradient_over_many_pixels_is_that_of_stock():
-    x, weight, dz = _problem(8, 64, 56, 56, 32)
-    assert_criterion(pointwise_wgrad(dz, x, weight, PLAIN), _backward_weight, dz, x)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -91,38 +80,17 @@ def test_every_shape_and_instruction_set(stride, shape, isa):
     g = _strided(stride)
     exact = F.conv2d(x.double(), weight.double(), stride=stride)
     assert_close(pointwise_fprop(x, weight, g), exact)
-    dweight = pointwise_wgrad(dz, x, weight, g)
-    assert_close(dweight, _backward_weight(dz.double(), x.double(), stride))
-    nchw = weight.contiguous()
-    assert torch.equal(pointwise_wgrad(dz, x, nchw, g), dweight)
-    assert torch.equal(pointwise_fprop(x, nchw, g), pointwise_fprop(x, weight, g))
+    assert torch.equal(pointwise_fprop(x, weight.contiguous(), g), pointwise_fprop(x, weight, g))
     if stride == 1:
         assert_close(pointwise_dgrad(dz, weight), _backward_x(dz.double(), weight.double()))
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_weights_gradient_has_its_layout(layout):
-    x, weight, dz = _problem(2, 16, 5, 5, 32)
-    weight = weight.contiguous(memory_format=layout)
-    dweight = pointwise_wgrad(dz, x, weight, PLAIN)
-    assert dweight.stride() == torch.empty_like(weight).stride()
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 20, 20, 32), (1, 64, 5, 5, 256), (1, 256, 5, 5, 64)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_results_do_not_depend_on_the_number_of_threads(shape, stride):
     """Many pixels and many panels of either side: each way of sharing the work out."""
-    x, weight, dz = _problem(*shape, stride=stride)
-    g = _strided(stride)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append((pointwise_fprop(x, weight, g), pointwise_wgrad(dz, x, weight, g)))
-    finally:
-        torch.set_num_threads(threads)
-    for several in results[1:]:
-        assert all(map(torch.equal, results[0], several))
+    x, weight, _ = _problem(*shape, stride=stride)
+    assert_same_on_any_threads(lambda: [pointwise_fprop(x, weight, _strided(stride))])
 
 
 @pytest.mark.parametrize("c", [32, 1040])
@@ -220,38 +188,6 @@ def test_bad_weights_raise(weight, scale, transposed, words):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"dz": torch.zeros(1, 16, 8, 4)}, "dz must be"),
-        ({"dweight": torch.zeros(16, 16, 3, 3)}, "dweight must be"),
-        ({"dweight": torch.zeros(16, 32, 1, 1)[:, ::2]}, "dweight must be"),
-        ({"dz": torch.zeros(1, 16, 8, 8).double()}, "float32"),
-        ({"x": torch.zeros(1, 5, 8, 8), "dweight": torch.zeros(16, 5, 1, 1)}, "multiple of"),
-        ({"stride": 2}, "dz must be"),
-        ({"stride": 0}, "strides must be"),
-    ],
-    ids=str,
-)
-def test_bad_gradients_raise(change, words):
-    given = {
-        "x": torch.zeros(1, 16, 8, 8),
-        "dz": torch.zeros(1, 16, 8, 8),
-        "dweight": torch.full((16, 16, 1, 1), 7.0),
-        "stride": 1,
-    } | change
-    before, stride = given["dweight"].clone(), given["stride"]
-    with pytest.raises(RuntimeError, match=words):
-        ops.pointwise_wgrad(nhwc(given["x"]), nhwc(given["dz"]), stride, stride, given["dweight"])
-    assert torch.equal(given["dweight"], before)
-
-
-def test_no_pixels_give_a_gradient_of_zero():
-    dweight = torch.full((16, 16, 1, 1), 7.0)
-    ops.pointwise_wgrad(torch.zeros(0, 16, 4, 4), torch.zeros(0, 16, 4, 4), 1, 1, dweight)
-    assert not dweight.any()
-
-
-@pytest.mark.parametrize(
     ("x", "weight", "geometry", "runs"),
     [
         ((1, 64, 56, 56), (256, 64, 1, 1), PLAIN, True),
@@ -278,10 +214,10 @@ def test_prepared_weights_follow_weights_norm_and_instruction_set(isa):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_training_runs_the_products_forward_and_backward(stride, monkeypatch):
-    """Through the public op; the input's gradient at stride 2 is the library's."""
+    """Through the public op; the weight's gradient, and the input's at stride 2, by im2col."""
     from resfast.ops import ConvParams, NormParams, conv_bn_act
 
-    names = ["pointwise_fprop", "pointwise_dgrad", "pointwise_wgrad"]
+    names = ["pointwise_fprop", "pointwise_dgrad", "im2col_dgrad", "im2col_wgrad"]
     called = calls_of(names, monkeypatch)
     x, weight, _ = _problem(4, 32, 6, 6, 32)
     x.requires_grad_()
@@ -289,7 +225,7 @@ def test_training_runs_the_products_forward_and_backward(stride, monkeypatch):
     norm = NormParams(torch.ones(32), torch.zeros(32), None, None, None, True)
     conv = ConvParams(weight, None, (stride, stride), (0, 0))
     conv_bn_act(x, conv, norm).sum().backward()
-    assert called == [n for n in names if stride == 1 or n != "pointwise_dgrad"]
+    assert called == [n for n in names if n != ("im2col_dgrad", "pointwise_dgrad")[stride - 1]]
     called.clear()
     with backend("eager"):
         conv_bn_act(x, conv, norm)

@@ -12,6 +12,7 @@ from convolutions import (
     assert_close,
     assert_criterion,
     assert_prepared_once_and_anew,
+    assert_same_on_any_threads,
     calls_of,
 )
 
@@ -114,15 +115,9 @@ def test_blocks_of_tiles_join_seamlessly(tile):
 @pytest.mark.parametrize("c", [32, 256])
 def test_results_do_not_depend_on_the_number_of_threads(c):
     x, weight, dz = _problem(4, c, 20, 20, c)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append((winograd_fprop(x, weight, 4), winograd_wgrad(dz, x, weight, 4)))
-    finally:
-        torch.set_num_threads(threads)
-    for several in results[1:]:
-        assert all(map(torch.equal, results[0], several))
+    assert_same_on_any_threads(
+        lambda: [winograd_fprop(x, weight, 4), winograd_wgrad(dz, x, weight, 4)]
+    )
 
 
 @pytest.mark.parametrize("add_after_act", [False, True])

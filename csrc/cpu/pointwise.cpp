@@ -186,81 +186,10 @@ void pointwise_conv(const Tensor& x, const Tensor& packed, const OptionalTensor&
   });
 }
 
-void fetch(const float* from, int64_t floats) {
-  for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(from + i, 0, 2);
-}
-
-// dweight[k][c] = Σ over pixels dz[pixel][k]·x[pixel][c]. Chains end at kPixelsInChain; their sums
-// are added in order, whatever the number of threads.
-void pointwise_wgrad(const Tensor& x, const Tensor& dz, int64_t stride_h, int64_t stride_w,
-                     const Tensor& dweight) {
-  check_activation(x, "x");
-  check_float(x, "x");
-  check_activation(dz, "dz");
-  check_float(dz, "dz");
-  check_float(dweight, "dweight");
-  const PointwiseKernels& kernels = pointwise_kernels();
-  const Pixels pixels(x, stride_h, stride_w);
-  const int64_t c = x.size(1), k = dz.size(1);
-  STD_TORCH_CHECK(dz.size(0) == x.size(0) && dz.size(2) == pixels.p && dz.size(3) == pixels.q,
-                  "dz must be [", x.size(0), ", K, ", pixels.p, ", ", pixels.q, "], got ",
-                  shape_of(dz));
-  STD_TORCH_CHECK(c % kernels.lanes == 0, "input channels must be a multiple of ", kernels.lanes,
-                  ", got ", c);
-  STD_TORCH_CHECK(dweight.dim() == 4 && dweight.size(0) == k && dweight.size(1) == c &&
-                      dweight.size(2) == 1 && dweight.size(3) == 1 &&
-                      (k <= 1 || dweight.stride(0) == c) && (c <= 1 || dweight.stride(1) == 1),
-                  "dweight must be dense [", k, ", ", c, ", 1, 1], got ", shape_of(dweight),
-                  " with strides ", strides_of(dweight));
-  check_memory({{"dweight", dweight, Access::whole}},
-               {{"x", x, Access::whole}, {"dz", dz, Access::whole}});
-  constexpr int64_t kPixelsInChain = 128;
-  auto* sums = static_cast<float*>(dweight.mutable_data_ptr());
-  const auto* d = static_cast<const float*>(dz.const_data_ptr());
-  if (pixels.count == 0) std::fill(sums, sums + k * c, 0.0f);
-  const int64_t columns = kernels.columns, panels = ceil_div(c, columns);
-  // each thread takes rows of dweight or panels of its columns, whichever there are more of
-  const int64_t threads = torch::stable::get_num_threads();
-  const bool by_rows = k >= c || panels < threads;
-  const int64_t shares = std::min(threads, by_rows ? k : panels);
-  torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-    const auto bound = [&](int64_t count, int64_t share) { return count * share / shares; };
-    const int64_t k_begin = by_rows ? bound(k, begin) : 0, k_end = by_rows ? bound(k, end) : k;
-    const int64_t panel_begin = by_rows ? 0 : bound(panels, begin);
-    const int64_t panel_end = by_rows ? panels : bound(panels, end);
-    float* const packed = thread_scratch(kPixelsInChain * columns);
-    for (int64_t first = 0; first < pixels.count; first += kPixelsInChain) {
-      PointwiseCorrelation t{};
-      t.rows = std::min(kPixelsInChain, pixels.count - first);
-      t.channels = k_end - k_begin;
-      t.d = d + first * k + k_begin;
-      t.d_stride = k;
-      t.x = packed;
-      t.sum_stride = c;
-      t.add = first > 0;
-      const int64_t next_rows =
-          std::clamp<int64_t>(pixels.count - first - kPixelsInChain, 0, kPixelsInChain);
-      for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-        const int64_t column = panel * columns;
-        t.columns = std::min(columns, c - column);
-        for (int64_t i = 0; i < t.rows; ++i) {
-          const float* pixel = pixels.at(first + i) + column;
-          std::copy(pixel, pixel + t.columns, packed + i * columns);
-          if (i < next_rows) fetch(pixels.at(first + kPixelsInChain + i) + column, t.columns);
-        }
-        t.next_rows = panel == panel_begin ? next_rows : 0;
-        t.sums = sums + k_begin * c + column;
-        kernels.correlation(t);
-      }
-    }
-  });
-}
-
 }  // namespace
 }  // namespace resfast
 
 STABLE_TORCH_LIBRARY_IMPL(resfast, CPU, m) {
   m.impl("pointwise_weight", TORCH_BOX(&resfast::pointwise_weight));
   m.impl("pointwise_conv", TORCH_BOX(&resfast::pointwise_conv));
-  m.impl("pointwise_wgrad", TORCH_BOX(&resfast::pointwise_wgrad));
 }

@@ -32,11 +32,18 @@ void check_tile(int64_t tile) {
   STD_TORCH_CHECK(tile == 2 || tile == 4, "tile must be 2 or 4, got ", tile);
 }
 
+// Filters at the points: points may lie further apart than their values take.
+bool is_filters(const Tensor& packed, int64_t panels, int64_t c, int64_t columns) {
+  return packed.dim() == 4 && packed.size(1) == panels && packed.size(2) == c &&
+         packed.size(3) == columns && packed.stride(3) == 1 && packed.stride(2) == columns &&
+         packed.stride(1) == c * columns && packed.stride(0) >= panels * c * columns;
+}
+
 int64_t panel_columns() {
   return winograd_kernels().columns;
 }
 
-// U, rounded once from float64: [points, ceil(K / columns), C, columns], zero beyond K.
+// U: [points, ceil(K / columns), C, columns], zero beyond K.
 void winograd_weight(const Tensor& weight, bool transposed, int64_t tile, const Tensor& packed) {
   check_tile(tile);
   check_float(weight, "weight");
@@ -46,10 +53,11 @@ void winograd_weight(const Tensor& weight, bool transposed, int64_t tile, const 
   const int64_t side = tile + 2, columns = winograd_kernels().columns;
   const int64_t k = weight.size(transposed ? 1 : 0), c = weight.size(transposed ? 0 : 1);
   const int64_t panels = ceil_div(k, columns);
-  STD_TORCH_CHECK(packed.dim() == 4 && packed.size(0) == side * side && packed.size(1) == panels &&
-                      packed.size(2) == c && packed.size(3) == columns && packed.is_contiguous(),
-                  "packed must be contiguous [", side * side, ", ", panels, ", ", c, ", ", columns,
-                  "], got ", shape_of(packed));
+  STD_TORCH_CHECK(
+      packed.dim() == 4 && packed.size(0) == side * side && is_filters(packed, panels, c, columns),
+      "packed must be [", side * side, ", ", panels, ", ", c, ", ", columns,
+      "], contiguous but for its points, got ", shape_of(packed), " with strides ",
+      strides_of(packed));
   check_memory({{"packed", packed, Access::whole}}, {{"weight", weight, Access::whole}});
   const float* w = static_cast<const float*>(weight.const_data_ptr());
   float* u = static_cast<float*>(packed.mutable_data_ptr());
@@ -58,7 +66,7 @@ void winograd_weight(const Tensor& weight, bool transposed, int64_t tile, const 
   t.channel_stride = weight.stride(transposed ? 0 : 1);
   t.row_stride = weight.stride(2);
   t.tap_stride = weight.stride(3);
-  t.point_stride = panels * c * columns;
+  t.point_stride = packed.stride(0);
   if (transposed) {  // the gradient convolves with the filter turned by 180°
     w += 2 * t.row_stride + 2 * t.tap_stride;
     t.row_stride = -t.row_stride;
@@ -87,6 +95,7 @@ struct Convolution {
   const WinogradKernels& kernels;
   int64_t tile, points, c, k, tiles;
   const float* u;
+  int64_t u_stride;  // from point to point
   WinogradInput input{};
   WinogradOutput output{};
 
@@ -113,7 +122,7 @@ struct Convolution {
       t.channels = c;
       t.columns = std::min<int64_t>(kernels.columns, k - panel * kernels.columns);
       t.v = v + point * (count * c + kPointPadding);
-      t.u = u + i * c * kernels.columns;
+      t.u = u + point * u_stride + panel * c * kernels.columns;
       t.m = m + point * (count * k + kPointPadding) + panel * kernels.columns;
       t.m_stride = k;
       kernels.product(t);
@@ -190,8 +199,7 @@ void winograd_conv(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   STD_TORCH_CHECK(c % kernels.lanes == 0 && k % kernels.lanes == 0,
                   "channels must be multiples of ", kernels.lanes, ", got C = ", c, ", K = ", k);
   STD_TORCH_CHECK(packed.dim() == 4 && (packed.size(0) == 16 || packed.size(0) == 36) &&
-                      packed.size(1) == ceil_div(k, kernels.columns) && packed.size(2) == c &&
-                      packed.size(3) == kernels.columns && packed.is_contiguous(),
+                      is_filters(packed, ceil_div(k, kernels.columns), c, kernels.columns),
                   "packed must be what winograd_weight made for C = ", c, ", K = ", k,
                   " on this instruction set, got ", shape_of(packed));
   check_memory({{"out", out, Access::whole}}, {{"x", x, Access::whole},
@@ -216,7 +224,8 @@ void winograd_conv(const Tensor& x, const Tensor& packed, const OptionalTensor& 
                    c,
                    k,
                    n * grid.rows * grid.columns,
-                   static_cast<const float*>(packed.const_data_ptr())};
+                   static_cast<const float*>(packed.const_data_ptr()),
+                   packed.stride(0)};
   conv.input.grid = conv.output.grid = grid;
   conv.input.channels = c;
   conv.input.x = static_cast<const float*>(x.const_data_ptr());
@@ -311,20 +320,22 @@ void winograd_wgrad(const Tensor& x, const Tensor& dz, int64_t tile, const Tenso
     });
   }
   WinogradWeightGradient out{};
-  out.end = c;
-  out.columns = k;
+  out.sum_stride = k;
   out.point_stride = sum_stride;
   out.column_stride = dweight.stride(0);
   out.channel_stride = dweight.stride(1);
   out.row_stride = dweight.stride(2);
   out.tap_stride = dweight.stride(3);
   float* to = static_cast<float*>(dweight.mutable_data_ptr());
-  const int64_t columns = kernels.gradient_columns;
-  torch::stable::parallel_for(0, k / columns, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      WinogradWeightGradient part = out;
-      part.sums = sums + i * columns;
-      part.w = to + i * columns * part.column_stride;
+  constexpr int64_t kChannelsInBlock = 16;  // what a line of memory holds
+  torch::stable::parallel_for(0, ceil_div(c, kChannelsInBlock), 1, [&](int64_t begin, int64_t end) {
+    WinogradWeightGradient part = out;
+    part.begin = begin * kChannelsInBlock;
+    part.end = std::min(c, end * kChannelsInBlock);
+    for (int64_t column = 0; column < k; column += kernels.columns) {
+      part.columns = std::min<int64_t>(kernels.columns, k - column);
+      part.sums = sums + column;
+      part.w = to + column * part.column_stride;
       kernels.weight_gradient[tile / 4](part);
     }
   });

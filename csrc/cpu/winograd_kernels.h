@@ -53,12 +53,13 @@ struct WinogradCorrelation {
   bool add;
 };
 
-// The 3×3 gradient of filters from that of their points: channels [begin, end), columns from
-// `column` on, as many as one vector of float64 holds.
+// The 3×3 gradient of filters from that of their points, of channels [begin, end) and of up to a
+// panel of columns.
 struct WinogradWeightGradient {
-  int64_t begin, end, columns;
-  const float* sums;  // the first column; rows `columns` apart
-  int64_t point_stride;
+  int64_t begin, end;
+  int64_t columns;    // a multiple of the lanes
+  const float* sums;  // the first column, channel 0
+  int64_t sum_stride, point_stride;
   float* w;  // the first column, channel 0, tap (0, 0)
   int64_t column_stride, channel_stride, row_stride, tap_stride;
 };
@@ -77,8 +78,7 @@ struct WinogradOutput {
 
 struct WinogradKernels {
   int lanes;
-  int columns;           // of a full panel
-  int gradient_columns;  // of one WinogradWeightGradient
+  int columns;  // of a full panel
   // pairs: of F(2×2) and of F(4×4)
   void (*weight[2])(const WinogradWeight&);
   void (*input[2])(const WinogradInput&);

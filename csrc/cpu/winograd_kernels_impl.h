@@ -103,7 +103,9 @@ struct TilePlace {
 
 alignas(kVectorBytes) constexpr float kZeros[kProductLanes] = {};
 
-// G: the 3 taps `f` at the points, in float64 so that the filters are rounded once.
+typedef float FloatHalfVec __attribute__((vector_size(kVectorBytes / 2)));
+
+// G: the 3 taps `f` at the points, in float64 so that the filters are rounded once
 template <int kTile>
 RESFAST_INLINE void filter_to_points(const DoubleVec* f, DoubleVec* out);
 
@@ -117,12 +119,11 @@ RESFAST_INLINE void filter_to_points<2>(const DoubleVec* f, DoubleVec* out) {
 
 template <>
 RESFAST_INLINE void filter_to_points<4>(const DoubleVec* f, DoubleVec* out) {
-  constexpr double a = kPointA, b = kPointB, aa = a * a, bb = b * b;
-  constexpr double at_zero = 1 / (aa * bb), at_a = 1 / (2 * aa * (aa - bb)),
-                   at_b = 1 / (2 * bb * (bb - aa));
-  const DoubleVec even_a = at_a * f[0] + (aa * at_a) * f[2], odd_a = (a * at_a) * f[1];
-  const DoubleVec even_b = at_b * f[0] + (bb * at_b) * f[2], odd_b = (b * at_b) * f[1];
-  out[0] = at_zero * f[0];
+  constexpr double a = kPointA, b = kPointB;
+  const DoubleVec even_a = kWeightAtA * f[0] + (a * a * kWeightAtA) * f[2];
+  const DoubleVec even_b = kWeightAtB * f[0] + (b * b * kWeightAtB) * f[2];
+  const DoubleVec odd_a = (a * kWeightAtA) * f[1], odd_b = (b * kWeightAtB) * f[1];
+  out[0] = kWeightAtZero * f[0];
   out[1] = even_a + odd_a;
   out[2] = even_a - odd_a;
   out[3] = even_b + odd_b;
@@ -130,14 +131,12 @@ RESFAST_INLINE void filter_to_points<4>(const DoubleVec* f, DoubleVec* out) {
   out[5] = f[2];
 }
 
-typedef float FloatHalfVec __attribute__((vector_size(kVectorBytes / 2)));
-
 template <int kTile>
 void winograd_weight(const WinogradWeight& t) {
   constexpr int kSide = kTile + 2;
   constexpr int kColumns = kPanelColumns;
   constexpr int kDoubles = kProductLanes / 2;
-  constexpr int64_t kBlock = 8;
+  constexpr int64_t kBlock = kLineFloats;
   // Channels are next to each other in memory and columns far apart, or the reverse: read along
   // the former, then work along the latter.
   float taps[kBlock][9][kColumns] = {};
@@ -308,7 +307,7 @@ inline void winograd_correlation(const WinogradCorrelation& t) {
   for (; column < t.columns; column += kProductLanes) correlation_rows<1>(t, column);
 }
 
-// Gᵀ: the 3 taps from the points
+// Gᵀ: the 3 taps from the points, in float64: sums are read from memory anyway
 template <int kTile>
 RESFAST_INLINE void points_to_filter(const DoubleVec* p, DoubleVec* out);
 
@@ -321,41 +320,58 @@ RESFAST_INLINE void points_to_filter<2>(const DoubleVec* p, DoubleVec* out) {
 
 template <>
 RESFAST_INLINE void points_to_filter<4>(const DoubleVec* p, DoubleVec* out) {
-  constexpr double a = kPointA, b = kPointB, aa = a * a, bb = b * b;
-  constexpr double at_zero = 1 / (aa * bb), at_a = 1 / (2 * aa * (aa - bb)),
-                   at_b = 1 / (2 * bb * (bb - aa));
-  const DoubleVec sum_a = at_a * (p[1] + p[2]), sum_b = at_b * (p[3] + p[4]);
-  out[0] = at_zero * p[0] + (sum_a + sum_b);
-  out[1] = (a * at_a) * (p[1] - p[2]) + (b * at_b) * (p[3] - p[4]);
-  out[2] = (aa * sum_a + bb * sum_b) + p[5];
+  constexpr double a = kPointA, b = kPointB;
+  const DoubleVec sum_a = kWeightAtA * (p[1] + p[2]), sum_b = kWeightAtB * (p[3] + p[4]);
+  out[0] = kWeightAtZero * p[0] + (sum_a + sum_b);
+  out[1] = (a * kWeightAtA) * (p[1] - p[2]) + (b * kWeightAtB) * (p[3] - p[4]);
+  out[2] = ((a * a) * sum_a + (b * b) * sum_b) + p[5];
 }
 
 template <int kTile>
 void winograd_weight_gradient(const WinogradWeightGradient& t) {
   constexpr int kSide = kTile + 2;
   constexpr int kDoubles = kProductLanes / 2;
-  for (int64_t channel = t.begin; channel < t.end; ++channel) {
-    const float* from = t.sums + channel * t.columns;
-    DoubleVec lines[kSide][3];  // by row of points
+  // Rows of sums lie along the columns, filters along the channels or their own taps: what is
+  // written together is collected first.
+  constexpr int64_t kBlock = kLineFloats;
+  float taps[9][kBlock][kPanelColumns];
+  for (int64_t first = t.begin; first < t.end; first += kBlock) {
+    const int64_t block = t.end - first < kBlock ? t.end - first : kBlock;
+    for (int64_t i = 0; i < block; ++i) {
+      const float* row = t.sums + (first + i) * t.sum_stride;
+      for (int64_t column = 0; column < t.columns; column += kDoubles) {
+        DoubleVec lines[kSide][3];  // by row of points
 #pragma GCC unroll 8
-    for (int i = 0; i < kSide; ++i) {
-      DoubleVec p[kSide];
+        for (int y = 0; y < kSide; ++y) {
+          DoubleVec p[kSide];
 #pragma GCC unroll 8
-      for (int j = 0; j < kSide; ++j) {
-        p[j] = __builtin_convertvector(
-            load_raw<FloatHalfVec>(from + (i * kSide + j) * t.point_stride), DoubleVec);
+          for (int x = 0; x < kSide; ++x) {
+            p[x] = __builtin_convertvector(
+                load_raw<FloatHalfVec>(row + (y * kSide + x) * t.point_stride + column), DoubleVec);
+          }
+          points_to_filter<kTile>(p, lines[y]);
+        }
+#pragma GCC unroll 8
+        for (int s = 0; s < 3; ++s) {
+          DoubleVec p[kSide], line[3];
+#pragma GCC unroll 8
+          for (int y = 0; y < kSide; ++y) p[y] = lines[y][s];
+          points_to_filter<kTile>(p, line);
+#pragma GCC unroll 8
+          for (int r = 0; r < 3; ++r) {
+            store_raw(&taps[r * 3 + s][i][column], __builtin_convertvector(line[r], FloatHalfVec));
+          }
+        }
       }
-      points_to_filter<kTile>(p, lines[i]);
     }
-    for (int s = 0; s < 3; ++s) {
-      DoubleVec p[kSide], taps[3];
-#pragma GCC unroll 8
-      for (int i = 0; i < kSide; ++i) p[i] = lines[i][s];
-      points_to_filter<kTile>(p, taps);
+    for (int64_t column = 0; column < t.columns; ++column) {
+      float* w = t.w + column * t.column_stride + first * t.channel_stride;
       for (int r = 0; r < 3; ++r) {
-        float* w = t.w + channel * t.channel_stride + r * t.row_stride + s * t.tap_stride;
-        for (int lane = 0; lane < kDoubles; ++lane) {
-          w[lane * t.column_stride] = static_cast<float>(taps[r][lane]);
+        for (int s = 0; s < 3; ++s) {
+          float* tap = w + r * t.row_stride + s * t.tap_stride;
+          for (int64_t i = 0; i < block; ++i) {
+            tap[i * t.channel_stride] = taps[r * 3 + s][i][column];
+          }
         }
       }
     }
@@ -418,7 +434,7 @@ void winograd_output(const WinogradOutput& t) {
 
 #define RESFAST_WINOGRAD_KERNELS                                                                  \
   {                                                                                               \
-    kProductLanes, kPanelColumns, kProductLanes / 2, {&winograd_weight<2>, &winograd_weight<4>},  \
+    kProductLanes, kPanelColumns, {&winograd_weight<2>, &winograd_weight<4>},                     \
         {&winograd_input<2>, &winograd_input<4>}, {&winograd_gradient<2>, &winograd_gradient<4>}, \
         &winograd_product, &winograd_correlation,                                                 \
         {&winograd_weight_gradient<2>, &winograd_weight_gradient<4>}, {                           \

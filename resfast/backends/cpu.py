@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from resfast import native
+from resfast.backends.im2col import im2col_dgrad, im2col_wgrad, is_gathered
 from resfast.backends.interface import (
     Affine,
     Backend,
@@ -22,12 +23,7 @@ from resfast.backends.packed import (
     packing_declines,
     recall_convolution,
 )
-from resfast.backends.pointwise import (
-    is_pointwise,
-    pointwise_dgrad,
-    pointwise_fprop,
-    pointwise_wgrad,
-)
+from resfast.backends.pointwise import is_pointwise, pointwise_dgrad, pointwise_fprop
 from resfast.backends.winograd import (
     winograd_dgrad,
     winograd_fprop,
@@ -74,6 +70,8 @@ class CpuBackend(Backend):
     def conv_dgrad(self, dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
         if g.stride == (1, 1) and is_pointwise(dz, weight, g):
             return pointwise_dgrad(dz, weight)
+        if is_gathered(dz, weight, g):
+            return im2col_dgrad(dz, x, weight, g)
         tile = winograd_tile(dz, weight, g, training=True)
         if tile is None:
             return super().conv_dgrad(dz, x, weight, g)
@@ -82,8 +80,8 @@ class CpuBackend(Backend):
     def conv_wgrad(self, dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
         if dz.dtype != x.dtype:
             return super().conv_wgrad(dz, x, weight, g)
-        if is_pointwise(x, weight, g):
-            return pointwise_wgrad(dz, x, weight, g)
+        if is_gathered(x, weight, g):
+            return im2col_wgrad(dz, x, weight, g)
         tile = winograd_tile(x, weight, g, training=True)
         if tile is None:
             return super().conv_wgrad(dz, x, weight, g)

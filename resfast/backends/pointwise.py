@@ -57,14 +57,6 @@ def pointwise_dgrad(dz: Tensor, weight: Tensor) -> Tensor:
     return _convolve(dz, weight, ConvGeometry((1, 1), (0, 0), (1, 1), 1), True)
 
 
-def pointwise_wgrad(dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
-    """The gradient with respect to the weight, in its layout."""
-    dense = weight.new_empty(weight.shape)
-    torch.ops.resfast.pointwise_wgrad(nhwc(x), nhwc(dz), *g.stride, dense)
-    # of 1×1, any dense layout is the same memory
-    return dense.as_strided(weight.shape, torch.empty_like(weight).stride())
-
-
 def _packed_shape(k: int, c: int) -> tuple[int, int, int]:
     columns = torch.ops.resfast.panel_columns()
     return math.ceil(k / columns), c, columns

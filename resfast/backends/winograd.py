@@ -19,6 +19,8 @@ from resfast.backends.scratch import flat_scratch
 # training they are also made anew for every step.
 _LEAST_TILES = {4: 8, 2: 32}
 _LEAST_TILES_IN_TRAINING = 32
+# floats between points: a transform writes to all of them, which would share a few cache sets
+_POINT_PADDING = 16
 _LEAST_SAVING = 1.25  # in multiplications: what pays for the transforms
 
 
@@ -48,9 +50,10 @@ def winograd_tile(x: Tensor, weight: Tensor, g: ConvGeometry, training: bool = F
 
 def winograd_weight(weight: Tensor, tile: int) -> Tensor:
     """The filters at the points, to keep."""
-    packed = weight.new_empty(_packed_shape(weight.shape[0], weight.shape[1], tile))
-    torch.ops.resfast.winograd_weight(weight.detach(), False, tile, packed)
-    return packed
+    k, c = weight.shape[:2]
+    filters = _filters(weight.new_empty(_filter_values(k, c, tile)), k, c, tile)
+    torch.ops.resfast.winograd_weight(weight.detach(), False, tile, filters)
+    return filters
 
 
 def winograd_fprop(x: Tensor, weight: Tensor, tile: int) -> Tensor:
@@ -70,15 +73,27 @@ def winograd_wgrad(dz: Tensor, x: Tensor, weight: Tensor, tile: int) -> Tensor:
     return dweight
 
 
-def _packed_shape(k: int, c: int, tile: int) -> tuple[int, int, int, int]:
+def _point_values(k: int, c: int) -> int:
     columns = torch.ops.resfast.panel_columns()
-    return (tile + 2) ** 2, math.ceil(k / columns), c, columns
+    return math.ceil(k / columns) * c * columns
+
+
+def _filter_values(k: int, c: int, tile: int) -> int:
+    return (tile + 2) ** 2 * (_point_values(k, c) + _POINT_PADDING)
+
+
+def _filters(memory: Tensor, k: int, c: int, tile: int) -> Tensor:
+    """``[points, panels, C, columns]`` in flat memory of ``_filter_values``."""
+    columns = torch.ops.resfast.panel_columns()
+    values = _point_values(k, c)
+    points = memory.view((tile + 2) ** 2, values + _POINT_PADDING)[:, :values]
+    return points.view(len(points), values // (c * columns), c, columns)
 
 
 def _convolve(x: Tensor, weight: Tensor, tile: int, transposed: bool) -> Tensor:
     k, c = weight.shape[:2] if not transposed else (weight.shape[1], weight.shape[0])
-    shape = _packed_shape(k, c, tile)
-    filters = flat_scratch("winograd filters", math.prod(shape), weight.dtype).view(shape)
+    memory = flat_scratch("winograd filters", _filter_values(k, c, tile), weight.dtype)
+    filters = _filters(memory, k, c, tile)
     torch.ops.resfast.winograd_weight(weight.detach(), transposed, tile, filters)
     n, _, h, w = x.shape
     out = empty_nhwc((n, k, h, w), x)
