@@ -39,10 +39,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
   m.def(
       "im2col_wgrad(Tensor x, Tensor dz, int stride_h, int stride_w, int padding_h, int padding_w, "
       "Tensor(a!) dweight) -> ()");
-  m.def("winograd_weight(Tensor weight, bool transposed, int tile, Tensor(a!) packed) -> ()");
+  m.def("winograd_weight(Tensor weight, int tile, Tensor(a!) packed) -> ()");
   m.def(
       "winograd_conv(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, Tensor? residual, "
       "bool relu, bool add_after_act, Tensor(a!) out) -> ()");
+  m.def(
+      "winograd_conv_once(Tensor x, Tensor weight, bool transposed, int tile, Tensor(a!) out) "
+      "-> ()");
   m.def("winograd_wgrad(Tensor x, Tensor dz, int tile, Tensor(a!) dweight) -> ()");
   m.def(
       "take_sample(Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, "

@@ -17,7 +17,7 @@ from convolutions import (
 )
 
 from resfast.backends import backend
-from resfast.backends.interface import ConvGeometry, nhwc
+from resfast.backends.interface import ConvGeometry, empty_nhwc, nhwc
 from resfast.backends.winograd import (
     winograd_dgrad,
     winograd_fprop,
@@ -112,9 +112,32 @@ def test_blocks_of_tiles_join_seamlessly(tile):
     assert_close(winograd_wgrad(dz, x, weight, tile), exact)
 
 
-@pytest.mark.parametrize("c", [32, 256])
-def test_results_do_not_depend_on_the_number_of_threads(c):
-    x, weight, dz = _problem(4, c, 20, 20, c)
+@pytest.mark.parametrize(
+    ("n", "c", "side", "k"),
+    [
+        (6, 16, 40, 16),  # filters fit a cache: each thread takes tiles
+        (3, 272, 7, 304),  # threads take panels, and make their filters a part at a time
+        (9, 336, 14, 336),  # in two blocks of tiles
+        (9, 336, 20, 336),  # many tiles: filters are made once
+    ],
+)
+def test_each_way_to_share_out_the_work(n, c, side, k, isa):
+    """The same sums in the same order, whoever takes them, with filters kept or used once."""
+    if isa == "scalar" and n == 9:
+        n = 6  # slow, and as many blocks
+    x, weight, dz = _problem(n, c, side, side, k)
+    z = winograd_fprop(x, weight, 4)
+    assert_close(z, F.conv2d(x.double(), weight.double(), padding=1))
+    kept = empty_nhwc(z.shape, z)
+    ops.winograd_conv(x, winograd_weight(weight, 4), None, None, None, False, False, kept)
+    assert torch.equal(z, kept)
+    exact = _backward_weight(dz.double(), x.double())
+    assert_close(winograd_wgrad(dz, x, weight, 4), exact)
+
+
+@pytest.mark.parametrize(("c", "side"), [(32, 20), (256, 20), (288, 9)])
+def test_results_do_not_depend_on_the_number_of_threads(c, side):
+    x, weight, dz = _problem(4, c, side, side, c)
     assert_same_on_any_threads(
         lambda: [winograd_fprop(x, weight, 4), winograd_wgrad(dz, x, weight, 4)]
     )
@@ -206,7 +229,48 @@ def test_output_must_not_be_the_input():
 def test_bad_weights_raise(weight, tile, words):
     packed = torch.zeros(36, 1, 16, ops.panel_columns())
     with pytest.raises(RuntimeError, match=words):
-        ops.winograd_weight(weight, False, tile, packed)
+        ops.winograd_weight(weight, tile, packed)
+
+
+@pytest.mark.parametrize(
+    "strides", [(16, 16, 1, 1), (64, 32, 2, 1)], ids=["points overlap", "columns apart"]
+)
+def test_filters_lie_together_but_for_their_points(strides):
+    columns = ops.panel_columns()
+    shape, memory = (36, 1, 16, columns), torch.zeros(64 * 16 * columns)
+    scaled = [s * columns // 16 if s > 2 else s for s in strides]
+    with pytest.raises(RuntimeError, match="contiguous but for its points"):
+        ops.winograd_weight(torch.zeros(16, 16, 3, 3), 4, memory.as_strided(shape, scaled))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.zeros(1, 16, 8, 8).double()}, "float32"),
+        ({"x": torch.zeros(1, 32, 8, 8)}, "weight must be"),
+        ({"weight": torch.zeros(32, 16, 3, 3)}, "weight must be"),
+        ({"weight": torch.zeros(16, 16, 1, 1)}, "weight must be"),
+        ({"weight": torch.zeros(16, 16, 3, 3).double()}, "float32"),
+        ({"tile": 3}, "tile must be"),
+        ({"out": torch.full((1, 16, 8, 9), 7.0)}, "out must be"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bad_arguments_of_a_convolution_run_once_raise(change, words, transposed):
+    given = {
+        "x": torch.zeros(1, 16, 8, 8),
+        "weight": torch.zeros(16, 16, 3, 3),
+        "tile": 4,
+        "out": torch.full((1, 16, 8, 8), 7.0),
+    } | change
+    out = nhwc(given["out"])
+    with pytest.raises(RuntimeError, match=words):
+        ops.winograd_conv_once(nhwc(given["x"]), given["weight"], transposed, given["tile"], out)
+    assert (out == 7).all()
+    x = nhwc(torch.zeros(1, 16, 8, 8))
+    with pytest.raises(RuntimeError, match="out overlaps the memory of x"):
+        ops.winograd_conv_once(x, torch.zeros(16, 16, 3, 3), transposed, 4, x)
 
 
 def test_bad_gradients_raise():

@@ -16,7 +16,6 @@
 
 #if defined(__unix__)
 #include <pthread.h>
-#include <sys/mman.h>
 #endif
 
 #include "checks.h"
@@ -26,7 +25,6 @@ namespace resfast {
 namespace {
 
 constexpr int64_t kGrain = 64 * 1024;
-constexpr int64_t kHugePage = 2 * 1024 * 1024;
 
 struct Block {
   void* data;
@@ -90,17 +88,6 @@ class Pool {
       std::free(i->data);
     }
     idle_.erase(idle_.begin(), i);
-  }
-
-  static void* allocate(int64_t bytes) {
-    const bool huge = bytes >= 2 * kHugePage;
-    void* const data =
-        std::aligned_alloc(huge ? kHugePage : 64, round_up(bytes, huge ? kHugePage : 64));
-    if (!data) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-    if (huge) madvise(data, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // a wish: may fail
-#endif
-    return data;
   }
 
   std::mutex mutex_;

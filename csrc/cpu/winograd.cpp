@@ -2,7 +2,9 @@
 //
 // Where U is small each thread takes blocks of tiles through all three phases, so that V and M stay
 // in its L2 cache. Where U is large (many channels), it must not be read once per block: the phases
-// follow each other over all tiles at once, and the threads share out the points.
+// follow each other over all tiles at once, and the threads share out the points; or, where filters
+// are used once, the panels, whose filters they make a few channels at a time and never store
+// whole.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -20,6 +22,9 @@ namespace {
 
 constexpr int64_t kBlockBytes = 448 * 1024;         // of V and M of one thread's block
 constexpr int64_t kSharedBytes = 10 * 1024 * 1024;  // of V and M of all threads' common block
+constexpr int64_t kWholeBytes = 20 * 1024 * 1024;   // of all V and D at once, in the L3 cache
+constexpr int64_t kPanelTiles = 64;                 // whose products stay in an L2 cache
+constexpr int64_t kMostPanelBlocks = 2;             // each makes the filters anew
 constexpr int64_t kPrivateWeightBytes = 4 * 1024 * 1024;
 constexpr int64_t kLeastTiles = 12;
 constexpr int64_t kPointPadding = 16;  // floats: keeps the points out of one cache set
@@ -43,61 +48,115 @@ int64_t panel_columns() {
   return winograd_kernels().columns;
 }
 
-// U: [points, ceil(K / columns), C, columns], zero beyond K.
-void winograd_weight(const Tensor& weight, bool transposed, int64_t tile, const Tensor& packed) {
-  check_tile(tile);
+// A filter, or its transpose turned by 180°, with which the input's gradient convolves.
+struct Filter {
+  const float* w;
+  int64_t k, c;
+  int64_t k_stride, c_stride, row_stride, tap_stride;
+
+  Filter(const Tensor& weight, bool transposed)
+      : w(static_cast<const float*>(weight.const_data_ptr())),
+        k(weight.size(transposed ? 1 : 0)),
+        c(weight.size(transposed ? 0 : 1)),
+        k_stride(weight.stride(transposed ? 1 : 0)),
+        c_stride(weight.stride(transposed ? 0 : 1)),
+        row_stride(weight.stride(2)),
+        tap_stride(weight.stride(3)) {
+    if (!transposed) return;
+    w += 2 * row_stride + 2 * tap_stride;
+    row_stride = -row_stride;
+    tap_stride = -tap_stride;
+  }
+
+  // Channels [begin, end) of a panel to the points, the first of them at u.
+  void to_points(int64_t panel, int64_t begin, int64_t end, int64_t tile, float* u,
+                 int64_t point_stride) const {
+    const WinogradKernels& kernels = winograd_kernels();
+    WinogradWeight t{};
+    t.channels = end - begin;
+    t.columns = std::min<int64_t>(kernels.columns, k - panel * kernels.columns);
+    t.w = w + panel * kernels.columns * k_stride + begin * c_stride;
+    t.column_stride = k_stride;
+    t.channel_stride = c_stride;
+    t.row_stride = row_stride;
+    t.tap_stride = tap_stride;
+    t.u = u;
+    t.point_stride = point_stride;
+    kernels.weight[tile / 4](t);
+  }
+
+  // All of it: u [points][panels][c][columns], zero beyond k.
+  void to_points(int64_t tile, float* u, int64_t point_stride) const {
+    const int64_t columns = winograd_kernels().columns;
+    constexpr int64_t kChannelGrain = 16;
+    torch::stable::parallel_for(
+        0, ceil_div(k, columns) * c, kChannelGrain, [&](int64_t begin, int64_t end) {
+          while (begin < end) {  // rows of u, panel by panel
+            const int64_t panel = begin / c, stop = std::min(end, (panel + 1) * c);
+            to_points(panel, begin - panel * c, stop - panel * c, tile, u + begin * columns,
+                      point_stride);
+            begin = stop;
+          }
+        });
+  }
+};
+
+void check_filter(const Tensor& weight) {
   check_float(weight, "weight");
-  check_float(packed, "packed");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
                   "weight must be [K, C, 3, 3], got ", shape_of(weight));
+}
+
+// U: [points, ceil(K / columns), C, columns], zero beyond K.
+void winograd_weight(const Tensor& weight, int64_t tile, const Tensor& packed) {
+  check_tile(tile);
+  check_filter(weight);
+  check_float(packed, "packed");
   const int64_t side = tile + 2, columns = winograd_kernels().columns;
-  const int64_t k = weight.size(transposed ? 1 : 0), c = weight.size(transposed ? 0 : 1);
-  const int64_t panels = ceil_div(k, columns);
-  STD_TORCH_CHECK(
-      packed.dim() == 4 && packed.size(0) == side * side && is_filters(packed, panels, c, columns),
-      "packed must be [", side * side, ", ", panels, ", ", c, ", ", columns,
-      "], contiguous but for its points, got ", shape_of(packed), " with strides ",
-      strides_of(packed));
+  const Filter filter(weight, false);
+  const int64_t panels = ceil_div(filter.k, columns);
+  STD_TORCH_CHECK(packed.dim() == 4 && packed.size(0) == side * side &&
+                      is_filters(packed, panels, filter.c, columns),
+                  "packed must be [", side * side, ", ", panels, ", ", filter.c, ", ", columns,
+                  "], contiguous but for its points, got ", shape_of(packed), " with strides ",
+                  strides_of(packed));
   check_memory({{"packed", packed, Access::whole}}, {{"weight", weight, Access::whole}});
-  const float* w = static_cast<const float*>(weight.const_data_ptr());
-  float* u = static_cast<float*>(packed.mutable_data_ptr());
-  WinogradWeight t{};
-  t.column_stride = weight.stride(transposed ? 1 : 0);
-  t.channel_stride = weight.stride(transposed ? 0 : 1);
-  t.row_stride = weight.stride(2);
-  t.tap_stride = weight.stride(3);
-  t.point_stride = packed.stride(0);
-  if (transposed) {  // the gradient convolves with the filter turned by 180°
-    w += 2 * t.row_stride + 2 * t.tap_stride;
-    t.row_stride = -t.row_stride;
-    t.tap_stride = -t.tap_stride;
-  }
-  const auto transform = winograd_kernels().weight[tile / 4];
-  constexpr int64_t kChannelGrain = 16;
-  torch::stable::parallel_for(0, panels * c, kChannelGrain, [&](int64_t begin, int64_t end) {
-    while (begin < end) {  // rows of u, panel by panel
-      const int64_t panel = begin / c;
-      const int64_t stop = std::min(end, (panel + 1) * c);
-      WinogradWeight part = t;
-      part.begin = begin - panel * c;
-      part.end = stop - panel * c;
-      part.columns = std::min(columns, k - panel * columns);
-      part.w = w + panel * columns * t.column_stride;
-      part.u = u + panel * c * columns;
-      transform(part);
-      begin = stop;
-    }
-  });
+  filter.to_points(tile, static_cast<float*>(packed.mutable_data_ptr()), packed.stride(0));
+}
+
+// Sums over this many channels are added up apart: rounding errors grow with the longest chain.
+int64_t chain_channels(int64_t channels) {
+  return channels <= 64 ? 16 : 32;
 }
 
 // One convolution: what every block of tiles needs.
 struct Convolution {
   const WinogradKernels& kernels;
   int64_t tile, points, c, k, tiles;
-  const float* u;
-  int64_t u_stride;  // from point to point
+  const float* u = nullptr;
+  int64_t u_stride = 0;  // from point to point
   WinogradInput input{};
   WinogradOutput output{};
+
+  Convolution(const Tensor& x, int64_t tile_, const Tensor& out)
+      : kernels(winograd_kernels()),
+        tile(tile_),
+        points((tile_ + 2) * (tile_ + 2)),
+        c(x.size(1)),
+        k(out.size(1)) {
+    const TileGrid grid{x.size(2), x.size(3), ceil_div(x.size(2), tile), ceil_div(x.size(3), tile)};
+    tiles = x.size(0) * grid.rows * grid.columns;
+    input.grid = output.grid = grid;
+    input.channels = input.part = c;
+    input.x = static_cast<const float*>(x.const_data_ptr());
+    output.channels = output.out_channels = k;
+    output.out = static_cast<float*>(out.mutable_data_ptr());
+  }
+
+  int64_t panels() const { return ceil_div(k, kernels.columns); }
+  int64_t panel_columns(int64_t panel) const {
+    return std::min<int64_t>(kernels.columns, k - panel * kernels.columns);
+  }
 
   int64_t block_floats(int64_t count) const {
     return points * (count * (c + k) + 2 * kPointPadding);
@@ -114,13 +173,13 @@ struct Convolution {
 
   // points [begin, end) of a block of `count` tiles
   void multiply(int64_t begin, int64_t end, const float* v, float* m, int64_t count) const {
-    const int64_t panels = ceil_div(k, kernels.columns);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t point = i / panels, panel = i % panels;
+      const int64_t point = i / panels(), panel = i % panels();
       WinogradProduct t{};
       t.tiles = count;
-      t.channels = c;
-      t.columns = std::min<int64_t>(kernels.columns, k - panel * kernels.columns);
+      t.channels = t.v_stride = c;
+      t.chain = chain_channels(c);
+      t.columns = panel_columns(panel);
       t.v = v + point * (count * c + kPointPadding);
       t.u = u + point * u_stride + panel * c * kernels.columns;
       t.m = m + point * (count * k + kPointPadding) + panel * kernels.columns;
@@ -138,7 +197,31 @@ struct Convolution {
     kernels.output[tile / 4](t);
   }
 
-  int64_t products() const { return points * ceil_div(k, kernels.columns); }
+  int64_t products() const { return points * panels(); }
+
+  // With filters that are there.
+  void run() const {
+    if (points * c * k * int64_t{sizeof(float)} <= kPrivateWeightBytes) {
+      run_private();
+    } else {
+      run_shared();
+    }
+  }
+
+  // With filters that are used once.
+  void run(const Filter& filter) {
+    const int64_t threads = torch::stable::get_num_threads();
+    const bool large = points * c * k * int64_t{sizeof(float)} > kPrivateWeightBytes;
+    if (large && tiles <= kMostPanelBlocks * kPanelTiles && panels() >= threads) {
+      run_by_panels(filter);
+      return;
+    }
+    u_stride = panels() * c * kernels.columns + kPointPadding;
+    float* const memory = thread_scratch<kShared>(points * u_stride);
+    filter.to_points(tile, memory, u_stride);
+    u = memory;
+    run();
+  }
 
   void run_private() const {
     const int64_t threads = torch::stable::get_num_threads();
@@ -177,27 +260,87 @@ struct Convolution {
       });
     }
   }
+
+  // Each thread takes panels; a panel's filters and products stay in its L2 cache.
+  void run_by_panels(const Filter& filter) const {
+    const int64_t blocks = ceil_div(tiles, kPanelTiles), count = ceil_div(tiles, blocks);
+    const int64_t channels = chain_channels(c), parts = ceil_div(c, channels);
+    const int64_t columns = kernels.columns;
+    const int64_t filter_stride = channels * columns + kPointPadding;
+    const int64_t product_stride = count * columns + kPointPadding;
+    const int64_t v_stride = count * channels + kPointPadding, part_stride = points * v_stride;
+    float* const v = thread_scratch<kShared>(parts * part_stride);
+    for (int64_t first = 0; first < tiles; first += count) {
+      const int64_t size = std::min(count, tiles - first);
+      torch::stable::parallel_for(first, first + size, 1, [&](int64_t begin, int64_t end) {
+        WinogradInput t = input;
+        t.begin = begin;
+        t.end = end;
+        t.point_stride = v_stride;
+        t.part = channels;
+        t.part_stride = part_stride;
+        t.v = v + (begin - first) * channels;
+        kernels.input[tile / 4](t);
+      });
+      torch::stable::parallel_for(0, panels(), 1, [&](int64_t begin, int64_t end) {
+        float* const filters = thread_scratch(points * (filter_stride + product_stride));
+        float* const m = filters + points * filter_stride;
+        for (int64_t panel = begin; panel < end; ++panel) {
+          WinogradProduct t{};
+          t.tiles = size;
+          t.chain = t.v_stride = channels;
+          t.columns = t.m_stride = panel_columns(panel);
+          for (int64_t part = 0; part < parts; ++part) {
+            const int64_t channel = part * channels;
+            t.channels = std::min(channels, c - channel);
+            t.add = part > 0;
+            filter.to_points(panel, channel, channel + t.channels, tile, filters, filter_stride);
+            for (int64_t point = 0; point < points; ++point) {
+              t.v = v + part * part_stride + point * v_stride;
+              t.u = filters + point * filter_stride;
+              t.m = m + point * product_stride;
+              kernels.product(t);
+            }
+          }
+          WinogradOutput out = output;
+          out.begin = first;
+          out.end = first + size;
+          out.channels = t.columns;
+          out.m = m;
+          out.point_stride = product_stride;
+          out.out += panel * columns;
+          kernels.output[tile / 4](out);
+        }
+      });
+    }
+  }
 };
+
+void check_convolution(const Tensor& x, const char* x_name, const Tensor& z, const char* z_name) {
+  check_activation(x, x_name);
+  check_float(x, x_name);
+  check_activation(z, z_name);
+  check_float(z, z_name);
+  const int64_t c = x.size(1), k = z.size(1), lanes = winograd_kernels().lanes;
+  STD_TORCH_CHECK(z.size(0) == x.size(0) && z.size(2) == x.size(2) && z.size(3) == x.size(3),
+                  z_name, " must be [", x.size(0), ", K, ", x.size(2), ", ", x.size(3), "], got ",
+                  shape_of(z));
+  STD_TORCH_CHECK(c % lanes == 0 && k % lanes == 0, "channels must be multiples of ", lanes,
+                  ", got C = ", c, ", K = ", k);
+}
 
 // out = act(conv(x, weight)·scale + shift + residual), or act(…) + residual; padding 1.
 void winograd_conv(const Tensor& x, const Tensor& packed, const OptionalTensor& scale,
                    const OptionalTensor& shift, const OptionalTensor& residual, bool relu,
                    bool add_after_act, const Tensor& out) {
-  check_activation(x, "x");
-  check_float(x, "x");
-  check_activation(out, "out");
-  check_float(out, "out");
+  check_convolution(x, "x", out, "out");
   check_activation_like(residual, "residual", out, "out");
   check_channel_vector(scale, "scale", out);
   check_channel_vector(shift, "shift", out);
   check_float(packed, "packed");
   STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift must come together");
   const WinogradKernels& kernels = winograd_kernels();
-  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3), k = out.size(1);
-  STD_TORCH_CHECK(out.size(0) == n && out.size(2) == h && out.size(3) == w, "out must be [", n,
-                  ", K, ", h, ", ", w, "], got ", shape_of(out));
-  STD_TORCH_CHECK(c % kernels.lanes == 0 && k % kernels.lanes == 0,
-                  "channels must be multiples of ", kernels.lanes, ", got C = ", c, ", K = ", k);
+  const int64_t c = x.size(1), k = out.size(1);
   STD_TORCH_CHECK(packed.dim() == 4 && (packed.size(0) == 16 || packed.size(0) == 36) &&
                       is_filters(packed, ceil_div(k, kernels.columns), c, kernels.columns),
                   "packed must be what winograd_weight made for C = ", c, ", K = ", k,
@@ -212,133 +355,217 @@ void winograd_conv(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   const auto floats = [](const OptionalTensor& t) {
     return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
   };
-  const int64_t tile = packed.size(0) == 16 ? 2 : 4;
-  TileGrid grid{};
-  grid.h = h;
-  grid.w = w;
-  grid.rows = ceil_div(h, tile);
-  grid.columns = ceil_div(w, tile);
-  Convolution conv{kernels,
-                   tile,
-                   packed.size(0),
-                   c,
-                   k,
-                   n * grid.rows * grid.columns,
-                   static_cast<const float*>(packed.const_data_ptr()),
-                   packed.stride(0)};
-  conv.input.grid = conv.output.grid = grid;
-  conv.input.channels = c;
-  conv.input.x = static_cast<const float*>(x.const_data_ptr());
-  conv.output.channels = k;
+  Convolution conv(x, packed.size(0) == 16 ? 2 : 4, out);
+  conv.u = static_cast<const float*>(packed.const_data_ptr());
+  conv.u_stride = packed.stride(0);
   conv.output.scale = floats(scale);
   conv.output.shift = floats(shift);
   conv.output.residual = floats(residual);
   conv.output.relu = relu;
   conv.output.add_after_act = add_after_act;
-  conv.output.out = static_cast<float*>(out.mutable_data_ptr());
-  if (conv.points * c * k * int64_t{sizeof(float)} <= kPrivateWeightBytes) {
-    conv.run_private();
-  } else {
-    conv.run_shared();
-  }
+  conv.run();
+}
+
+// out = conv(x, weight), or with its transpose turned by 180°: the input's gradient; padding 1.
+void winograd_conv_once(const Tensor& x, const Tensor& weight, bool transposed, int64_t tile,
+                        const Tensor& out) {
+  check_tile(tile);
+  check_filter(weight);
+  check_convolution(x, "x", out, "out");
+  STD_TORCH_CHECK(weight.size(transposed ? 0 : 1) == x.size(1) &&
+                      weight.size(transposed ? 1 : 0) == out.size(1),
+                  "weight must be [K, C, 3, 3] for C = ", transposed ? out.size(1) : x.size(1),
+                  ", K = ", transposed ? x.size(1) : out.size(1), ", got ", shape_of(weight));
+  check_memory({{"out", out, Access::whole}},
+               {{"x", x, Access::whole}, {"weight", weight, Access::whole}});
+  if (out.numel() == 0) return;
+  Convolution(x, tile, out).run(Filter(weight, transposed));
 }
 
 // dweight = Σ over images and places of dz·x: at each point a product over the tiles, so the same
 // number of multiplications is saved. Chains end at kTilesInChain; their sums are added in order.
-void winograd_wgrad(const Tensor& x, const Tensor& dz, int64_t tile, const Tensor& dweight) {
-  check_tile(tile);
-  check_activation(x, "x");
-  check_float(x, "x");
-  check_activation(dz, "dz");
-  check_float(dz, "dz");
-  check_float(dweight, "dweight");
-  const WinogradKernels& kernels = winograd_kernels();
-  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3), k = dz.size(1);
-  STD_TORCH_CHECK(dz.size(0) == n && dz.size(2) == h && dz.size(3) == w, "dz must be [", n, ", K, ",
-                  h, ", ", w, "], got ", shape_of(dz));
-  STD_TORCH_CHECK(c % kernels.lanes == 0 && k % kernels.lanes == 0,
-                  "channels must be multiples of ", kernels.lanes, ", got C = ", c, ", K = ", k);
-  STD_TORCH_CHECK(dweight.dim() == 4 && dweight.size(0) == k && dweight.size(1) == c &&
-                      dweight.size(2) == 3 && dweight.size(3) == 3,
-                  "dweight must be [", k, ", ", c, ", 3, 3], got ", shape_of(dweight));
-  check_memory({{"dweight", dweight, Access::whole}},
-               {{"x", x, Access::whole}, {"dz", dz, Access::whole}});
-  constexpr int64_t kTilesInChain = 32;
-  constexpr int64_t kChannelsInTask = 48;
-  const int64_t points = (tile + 2) * (tile + 2);
-  TileGrid grid{h, w, ceil_div(h, tile), ceil_div(w, tile)};
-  const int64_t tiles = n * grid.rows * grid.columns;
-  const int64_t fitting = kSharedBytes / (points * (c + k) * int64_t{sizeof(float)});
-  const int64_t count =
-      std::min(std::max<int64_t>(1, tiles), round_up(std::max<int64_t>(1, fitting), kTilesInChain));
-  const int64_t v_stride = count * c + kPointPadding, d_stride = count * k + kPointPadding;
-  const int64_t sum_stride = c * k + kPointPadding;
-  float* v = thread_scratch(points * (v_stride + d_stride + sum_stride));
-  float* d = v + points * v_stride;
-  float* sums = d + points * d_stride;
+struct WeightGradient {
+  static constexpr int64_t kTilesInChain = 32;
+  static constexpr int64_t kChannelsInTask = 48;
+  static constexpr int64_t kChannelsInLine = 16;
+
+  const WinogradKernels& kernels;
+  int64_t tile, points, c, k, tiles;
   WinogradInput input{}, gradient{};
-  input.grid = gradient.grid = grid;
-  input.channels = c;
-  input.x = static_cast<const float*>(x.const_data_ptr());
-  input.point_stride = v_stride;
-  gradient.channels = k;
-  gradient.x = static_cast<const float*>(dz.const_data_ptr());
-  gradient.point_stride = d_stride;
-  const int64_t tasks = ceil_div(c, kChannelsInTask);
-  if (tiles == 0) std::fill(sums, sums + points * sum_stride, 0.0f);
-  for (int64_t first = 0; first < tiles; first += count) {
-    const int64_t size = std::min(count, tiles - first);
-    torch::stable::parallel_for(first, first + size, 1, [&](int64_t begin, int64_t end) {
-      WinogradInput part = input;
-      part.begin = begin;
-      part.end = end;
-      part.v = v + (begin - first) * c;
-      kernels.input[tile / 4](part);
-      part = gradient;
-      part.begin = begin;
-      part.end = end;
-      part.v = d + (begin - first) * k;
-      kernels.gradient[tile / 4](part);
+  WinogradWeightGradient output{};
+
+  WeightGradient(const Tensor& x, const Tensor& dz, int64_t tile_, const Tensor& dweight)
+      : kernels(winograd_kernels()),
+        tile(tile_),
+        points((tile_ + 2) * (tile_ + 2)),
+        c(x.size(1)),
+        k(dz.size(1)) {
+    const TileGrid grid{x.size(2), x.size(3), ceil_div(x.size(2), tile), ceil_div(x.size(3), tile)};
+    tiles = x.size(0) * grid.rows * grid.columns;
+    input.grid = gradient.grid = grid;
+    input.channels = c;
+    input.x = static_cast<const float*>(x.const_data_ptr());
+    gradient.channels = k;
+    gradient.x = static_cast<const float*>(dz.const_data_ptr());
+    output.w = static_cast<float*>(dweight.mutable_data_ptr());
+    output.column_stride = dweight.stride(0);
+    output.channel_stride = dweight.stride(1);
+    output.row_stride = dweight.stride(2);
+    output.tap_stride = dweight.stride(3);
+  }
+
+  int64_t panels() const { return ceil_div(k, kernels.columns); }
+  int64_t panel_columns(int64_t panel) const {
+    return std::min<int64_t>(kernels.columns, k - panel * kernels.columns);
+  }
+  int64_t tasks() const { return ceil_div(c, kChannelsInTask); }
+
+  // Tiles at the points: [parts][points][tiles][channels of a part].
+  struct Block {
+    int64_t first, size;
+    float* v;
+    int64_t part;
+
+    int64_t point_stride() const { return size * part + kPointPadding; }
+  };
+
+  int64_t tiles_in(int64_t bytes) const {
+    return std::max<int64_t>(1, bytes / (points * (c + k) * int64_t{sizeof(float)}));
+  }
+  int64_t block_floats(int64_t count, int64_t channels, int64_t part) const {
+    return ceil_div(channels, part) * points * (count * part + kPointPadding);
+  }
+
+  void to_points(const Block& v, const Block& d) const {
+    torch::stable::parallel_for(v.first, v.first + v.size, 1, [&](int64_t begin, int64_t end) {
+      const auto transform = [&](const WinogradInput& whole, const Block& b, auto kernel) {
+        WinogradInput t = whole;
+        t.begin = begin;
+        t.end = end;
+        t.v = b.v + (begin - b.first) * b.part;
+        t.point_stride = b.point_stride();
+        t.part = b.part;
+        t.part_stride = points * b.point_stride();
+        kernel(t);
+      };
+      transform(input, v, kernels.input[tile / 4]);
+      transform(gradient, d, kernels.gradient[tile / 4]);
     });
-    torch::stable::parallel_for(0, points * tasks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t point = task / tasks;
-        WinogradCorrelation part{};
-        part.begin = task % tasks * kChannelsInTask;
-        part.end = std::min(c, part.begin + kChannelsInTask);
-        part.channels = c;
-        part.columns = k;
-        part.sums = sums + point * sum_stride;
-        for (int64_t chain = 0; chain < size; chain += kTilesInChain) {
-          part.tiles = std::min(kTilesInChain, size - chain);
-          part.v = v + point * v_stride + chain * c;
-          part.d = d + point * d_stride + chain * k;
-          part.add = first + chain > 0;
-          kernels.correlation(part);
+  }
+
+  // One point's sums of channels of x, from `channel` of v's part on, and of d's panel of dz's.
+  void correlate(const Block& v, const Block& d, int64_t point, int64_t part, int64_t channel,
+                 int64_t channels, int64_t panel, float* sums, int64_t sum_stride) const {
+    WinogradCorrelation t{};
+    t.channels = channels;
+    t.columns = panel_columns(panel);
+    t.v_stride = v.part;
+    t.d_stride = d.part;
+    t.sums = sums;
+    t.sum_stride = sum_stride;
+    const int64_t d_part = d.part == k ? 0 : panel, column = d.part == k ? panel : 0;
+    const float* const v_point = v.v + (part * points + point) * v.point_stride() + channel;
+    const float* const d_point =
+        d.v + (d_part * points + point) * d.point_stride() + column * kernels.columns;
+    for (int64_t chain = 0; chain < v.size; chain += kTilesInChain) {
+      t.tiles = std::min(kTilesInChain, v.size - chain);
+      t.v = v_point + chain * v.part;
+      t.d = d_point + chain * d.part;
+      t.add = v.first + chain > 0;
+      kernels.correlation(t);
+    }
+  }
+
+  void from_points(int64_t channel, int64_t channels, int64_t panel, const float* sums,
+                   int64_t sum_stride, int64_t point_stride) const {
+    WinogradWeightGradient t = output;
+    t.channels = channels;
+    t.columns = panel_columns(panel);
+    t.sums = sums;
+    t.sum_stride = sum_stride;
+    t.point_stride = point_stride;
+    t.w += panel * kernels.columns * t.column_stride + channel * t.channel_stride;
+    kernels.weight_gradient[tile / 4](t);
+  }
+
+  void run() const {
+    // Many sums of few tiles are made and used a part at a time: they would go through memory.
+    const int64_t sum_bytes = points * c * k * int64_t{sizeof(float)};
+    if (sum_bytes > kSharedBytes && tiles > 0 && tiles <= tiles_in(kWholeBytes)) {
+      run_by_panels();
+    } else {
+      run_by_points();
+    }
+  }
+
+  void run_by_panels() const {
+    const int64_t columns = kernels.columns;
+    float* const memory = thread_scratch<kShared>(block_floats(tiles, c, kChannelsInTask) +
+                                                  block_floats(tiles, k, columns));
+    const Block v{0, tiles, memory, kChannelsInTask};
+    const Block d{0, tiles, memory + block_floats(tiles, c, kChannelsInTask), columns};
+    to_points(v, d);
+    const int64_t point_stride = kChannelsInTask * columns + kPointPadding;
+    torch::stable::parallel_for(0, panels() * tasks(), 1, [&](int64_t begin, int64_t end) {
+      float* const sums = thread_scratch(points * point_stride);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t panel = i / tasks(), task = i % tasks(), channel = task * kChannelsInTask;
+        const int64_t channels = std::min(kChannelsInTask, c - channel);
+        for (int64_t point = 0; point < points; ++point) {
+          correlate(v, d, point, task, 0, channels, panel, sums + point * point_stride, columns);
         }
+        from_points(channel, channels, panel, sums, columns, point_stride);
       }
     });
   }
-  WinogradWeightGradient out{};
-  out.sum_stride = k;
-  out.point_stride = sum_stride;
-  out.column_stride = dweight.stride(0);
-  out.channel_stride = dweight.stride(1);
-  out.row_stride = dweight.stride(2);
-  out.tap_stride = dweight.stride(3);
-  float* to = static_cast<float*>(dweight.mutable_data_ptr());
-  constexpr int64_t kChannelsInBlock = 16;  // what a line of memory holds
-  torch::stable::parallel_for(0, ceil_div(c, kChannelsInBlock), 1, [&](int64_t begin, int64_t end) {
-    WinogradWeightGradient part = out;
-    part.begin = begin * kChannelsInBlock;
-    part.end = std::min(c, end * kChannelsInBlock);
-    for (int64_t column = 0; column < k; column += kernels.columns) {
-      part.columns = std::min<int64_t>(kernels.columns, k - column);
-      part.sums = sums + column;
-      part.w = to + column * part.column_stride;
-      kernels.weight_gradient[tile / 4](part);
+
+  void run_by_points() const {
+    const int64_t count =
+        std::min(std::max<int64_t>(1, tiles), round_up(tiles_in(kSharedBytes), kTilesInChain));
+    const int64_t sum_stride = c * k + kPointPadding;
+    float* const memory = thread_scratch<kShared>(points * sum_stride + block_floats(count, c, c) +
+                                                  block_floats(count, k, k));
+    float* const sums = memory + block_floats(count, c, c) + block_floats(count, k, k);
+    if (tiles == 0) std::fill(sums, sums + points * sum_stride, 0.0f);
+    for (int64_t first = 0; first < tiles; first += count) {
+      const int64_t size = std::min(count, tiles - first);
+      const Block v{first, size, memory, c};
+      const Block d{first, size, memory + block_floats(count, c, c), k};
+      to_points(v, d);
+      torch::stable::parallel_for(0, points * tasks(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t point = i / tasks(), channel = i % tasks() * kChannelsInTask;
+          float* const rows = sums + point * sum_stride + channel * k;
+          for (int64_t panel = 0; panel < panels(); ++panel) {
+            correlate(v, d, point, 0, channel, std::min(kChannelsInTask, c - channel), panel,
+                      rows + panel * kernels.columns, k);
+          }
+        }
+      });
     }
-  });
+    torch::stable::parallel_for(
+        0, ceil_div(c, kChannelsInLine), 1, [&](int64_t begin, int64_t end) {
+          const int64_t channel = begin * kChannelsInLine;
+          const int64_t channels = std::min(c, end * kChannelsInLine) - channel;
+          for (int64_t panel = 0; panel < panels(); ++panel) {
+            from_points(channel, channels, panel, sums + channel * k + panel * kernels.columns, k,
+                        sum_stride);
+          }
+        });
+  }
+};
+
+void winograd_wgrad(const Tensor& x, const Tensor& dz, int64_t tile, const Tensor& dweight) {
+  check_tile(tile);
+  check_convolution(x, "x", dz, "dz");
+  check_float(dweight, "dweight");
+  STD_TORCH_CHECK(dweight.dim() == 4 && dweight.size(0) == dz.size(1) &&
+                      dweight.size(1) == x.size(1) && dweight.size(2) == 3 && dweight.size(3) == 3,
+                  "dweight must be [", dz.size(1), ", ", x.size(1), ", 3, 3], got ",
+                  shape_of(dweight));
+  check_memory({{"dweight", dweight, Access::whole}},
+               {{"x", x, Access::whole}, {"dz", dz, Access::whole}});
+  WeightGradient(x, dz, tile, dweight).run();
 }
 
 }  // namespace
@@ -347,6 +574,7 @@ void winograd_wgrad(const Tensor& x, const Tensor& dz, int64_t tile, const Tenso
 STABLE_TORCH_LIBRARY_IMPL(resfast, CPU, m) {
   m.impl("winograd_weight", TORCH_BOX(&resfast::winograd_weight));
   m.impl("winograd_conv", TORCH_BOX(&resfast::winograd_conv));
+  m.impl("winograd_conv_once", TORCH_BOX(&resfast::winograd_conv_once));
   m.impl("winograd_wgrad", TORCH_BOX(&resfast::winograd_wgrad));
 }
 

@@ -9,11 +9,11 @@
 
 namespace resfast {
 
-// The filters of one panel of columns and of channels [begin, end) at the points.
+// The filters of one panel of columns and of some channels at the points.
 struct WinogradWeight {
-  int64_t begin, end;
+  int64_t channels;
   int64_t columns;  // of the panel that exist; the rest is set to 0
-  const float* w;   // the panel's first column, channel 0, tap (0, 0)
+  const float* w;   // the first column, the first channel, tap (0, 0)
   int64_t column_stride, channel_stride, row_stride, tap_stride;
   float* u;  // [channel][WinogradKernels::columns], points `point_stride` apart
   int64_t point_stride;
@@ -30,50 +30,62 @@ struct WinogradInput {
   int64_t begin, end;  // tiles
   int64_t channels;
   const float* x;  // the whole activation
-  float* v;        // [points][end - begin][channels], points `point_stride` apart
+  float* v;        // [points][tile][channel], points `point_stride` apart
   int64_t point_stride;
+  // Of so many channels, a multiple of the lanes, next to each other: parts `part_stride` apart.
+  int64_t part, part_stride;
 };
 
-// m[tile][column] = Σ over channels v[tile][channel]·u[channel][column], of one panel of columns.
+// m[tile][column] (+)= Σ over channels v[tile][channel]·u[channel][column], of up to a panel of
+// columns.
 struct WinogradProduct {
-  int64_t tiles, channels, columns;
-  const float* v;  // rows `channels` apart
+  int64_t tiles, channels;
+  int64_t chain;    // channels whose sum is added up apart
+  int64_t columns;  // a multiple of the lanes
+  const float* v;
+  int64_t v_stride;
   const float* u;  // rows WinogradKernels::columns apart
-  float* m;        // rows `m_stride` apart
+  float* m;
   int64_t m_stride;
-};
-
-// sums[channel][column] (+)= Σ over tiles v[tile][channel]·d[tile][column], for channels [begin,
-// end).
-struct WinogradCorrelation {
-  int64_t tiles, begin, end, channels, columns;
-  const float* v;  // rows `channels` apart
-  const float* d;  // rows `columns` apart
-  float* sums;     // rows `columns` apart
   bool add;
 };
 
-// The 3×3 gradient of filters from that of their points, of channels [begin, end) and of up to a
-// panel of columns.
+// sums[channel][column] (+)= Σ over tiles v[tile][channel]·d[tile][column], of up to a panel of
+// columns.
+struct WinogradCorrelation {
+  int64_t tiles, channels;
+  int64_t columns;  // a multiple of the lanes
+  const float* v;
+  int64_t v_stride;
+  const float* d;
+  int64_t d_stride;
+  float* sums;
+  int64_t sum_stride;
+  bool add;
+};
+
+// The 3×3 gradient of filters from that of their points, of some channels and of up to a panel of
+// columns.
 struct WinogradWeightGradient {
-  int64_t begin, end;
+  int64_t channels;
   int64_t columns;    // a multiple of the lanes
-  const float* sums;  // the first column, channel 0
+  const float* sums;  // the first channel, the first column
   int64_t sum_stride, point_stride;
-  float* w;  // the first column, channel 0, tap (0, 0)
+  float* w;  // the first column, the first channel, tap (0, 0)
   int64_t column_stride, channel_stride, row_stride, tap_stride;
 };
 
 struct WinogradOutput {
   TileGrid grid;
   int64_t begin, end;  // tiles
-  int64_t channels;
-  const float* m;  // [points][end - begin][channels]
+  int64_t channels;    // of m
+  const float* m;      // [points][end - begin][channels]
   int64_t point_stride;
   const float *scale, *shift;  // per channel, both or neither
   const float* residual;       // like out, or nullptr
   bool relu, add_after_act;
-  float* out;  // the whole activation
+  float* out;  // the whole activation, from m's first channel on
+  int64_t out_channels;
 };
 
 struct WinogradKernels {

@@ -10,11 +10,6 @@
 namespace resfast {
 namespace {
 
-// Sums over this many channels are added up apart: rounding errors grow with the longest chain.
-RESFAST_INLINE int64_t chain_channels(int64_t channels) {
-  return channels <= 64 ? 16 : 32;
-}
-
 // ---- the transforms of one line, in place of registers
 
 // Bᵀ: the m + 2 inputs `d` at the points
@@ -140,8 +135,8 @@ void winograd_weight(const WinogradWeight& t) {
   // Channels are next to each other in memory and columns far apart, or the reverse: read along
   // the former, then work along the latter.
   float taps[kBlock][9][kColumns] = {};
-  for (int64_t first = t.begin; first < t.end; first += kBlock) {
-    const int64_t block = t.end - first < kBlock ? t.end - first : kBlock;
+  for (int64_t first = 0; first < t.channels; first += kBlock) {
+    const int64_t block = t.channels - first < kBlock ? t.channels - first : kBlock;
     for (int r = 0; r < 3; ++r) {
       for (int s = 0; s < 3; ++s) {
         const float* w = t.w + first * t.channel_stride + r * t.row_stride + s * t.tap_stride;
@@ -207,8 +202,8 @@ RESFAST_INLINE void tiles_to_points(const WinogradInput& t, const Transform& tra
         step[i][j] = inside;
       }
     }
-    float* v = t.v + (tile - t.begin) * t.channels;
-    for (int64_t c = 0; c < t.channels; c += kProductLanes) {
+    float* v = t.v + (tile - t.begin) * t.part;
+    for (int64_t c = 0, in_part = 0; c < t.channels; c += kProductLanes) {
       FloatVec columns[kLine][kSide];  // by column, then point
 #pragma GCC unroll 8
       for (int j = 0; j < kLine; ++j) {
@@ -225,8 +220,13 @@ RESFAST_INLINE void tiles_to_points(const WinogradInput& t, const Transform& tra
         transform(d, points);
 #pragma GCC unroll 8
         for (int j = 0; j < kSide; ++j) {
-          store_raw(v + (i * kSide + j) * t.point_stride + c, points[j]);
+          store_raw(v + (i * kSide + j) * t.point_stride + in_part, points[j]);
         }
+      }
+      in_part += kProductLanes;
+      if (in_part == t.part) {
+        v += t.part_stride;
+        in_part = 0;
       }
     }
   }
@@ -247,19 +247,18 @@ void winograd_gradient(const WinogradInput& t) {
 
 template <int kVectors>
 void product_rows(const WinogradProduct& t) {
-  const int64_t chain = chain_channels(t.channels);
-  for (int64_t first = 0; first < t.channels; first += chain) {
+  for (int64_t first = 0; first < t.channels; first += t.chain) {
     const int64_t left = t.channels - first;
-    const int64_t channels = left < chain ? left : chain;
+    const int64_t channels = left < t.chain ? left : t.chain;
     const float* u = t.u + first * kPanelColumns;
-    const bool add = first > 0;
+    const bool add = t.add || first > 0;
     for (int64_t row = 0; row < t.tiles;) {
       const int64_t rows = next_rows(t.tiles - row);
-      const float* v = t.v + row * t.channels + first;
+      const float* v = t.v + row * t.v_stride + first;
       float* m = t.m + row * t.m_stride;
       with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
         product_block<decltype(count)::value, kVectors, /*kPrefetch=*/true>(
-            v, t.channels, 1, u, kPanelColumns, channels,
+            v, t.v_stride, 1, u, kPanelColumns, channels,
             [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
               float* to = m + r * t.m_stride + j * kProductLanes;
               store_raw(to, add ? load_raw<FloatVec>(to) + sum : sum);
@@ -277,34 +276,26 @@ inline void winograd_product(const WinogradProduct& t) {
 
 // ---- the weight's gradient
 
-template <int kRows, int kVectors>
-RESFAST_INLINE void correlation_block(const WinogradCorrelation& t, int64_t channel,
-                                      int64_t column) {
-  product_block<kRows, kVectors, /*kPrefetch=*/false>(
-      t.v + channel, 1, t.channels, t.d + column, t.columns, t.tiles,
-      [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
-        float* to = t.sums + (channel + r) * t.columns + column + j * kProductLanes;
-        store_raw(to, t.add ? load_raw<FloatVec>(to) + sum : sum);
-      });
-}
-
 template <int kVectors>
-RESFAST_INLINE void correlation_rows(const WinogradCorrelation& t, int64_t column) {
-  int64_t channel = t.begin;
-  for (; channel + kProductRows <= t.end; channel += kProductRows) {
-    correlation_block<kProductRows, kVectors>(t, channel, column);
+void correlation_rows(const WinogradCorrelation& t) {
+  for (int64_t channel = 0; channel < t.channels;) {
+    const int64_t channels = next_rows(t.channels - channel);
+    float* sums = t.sums + channel * t.sum_stride;
+    with_rows(channels, [&](auto count) RESFAST_INLINE_LAMBDA {
+      product_block<decltype(count)::value, kVectors, /*kPrefetch=*/false>(
+          t.v + channel, 1, t.v_stride, t.d, t.d_stride, t.tiles,
+          [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
+            float* to = sums + r * t.sum_stride + j * kProductLanes;
+            store_raw(to, t.add ? load_raw<FloatVec>(to) + sum : sum);
+          });
+    });
+    channel += channels;
   }
-  for (; channel + 4 <= t.end; channel += 4) correlation_block<4, kVectors>(t, channel, column);
-  for (; channel + 2 <= t.end; channel += 2) correlation_block<2, kVectors>(t, channel, column);
-  for (; channel < t.end; ++channel) correlation_block<1, kVectors>(t, channel, column);
 }
 
 inline void winograd_correlation(const WinogradCorrelation& t) {
-  int64_t column = 0;
-  for (; column + kPanelColumns <= t.columns; column += kPanelColumns) {
-    correlation_rows<kProductVectors>(t, column);
-  }
-  for (; column < t.columns; column += kProductLanes) correlation_rows<1>(t, column);
+  with_vectors(t.columns / kProductLanes,
+               [&](auto vectors) { correlation_rows<decltype(vectors)::value>(t); });
 }
 
 // Gᵀ: the 3 taps from the points, in float64: sums are read from memory anyway
@@ -335,8 +326,8 @@ void winograd_weight_gradient(const WinogradWeightGradient& t) {
   // written together is collected first.
   constexpr int64_t kBlock = kLineFloats;
   float taps[9][kBlock][kPanelColumns];
-  for (int64_t first = t.begin; first < t.end; first += kBlock) {
-    const int64_t block = t.end - first < kBlock ? t.end - first : kBlock;
+  for (int64_t first = 0; first < t.channels; first += kBlock) {
+    const int64_t block = t.channels - first < kBlock ? t.channels - first : kBlock;
     for (int64_t i = 0; i < block; ++i) {
       const float* row = t.sums + (first + i) * t.sum_stride;
       for (int64_t column = 0; column < t.columns; column += kDoubles) {
@@ -386,7 +377,7 @@ void winograd_output(const WinogradOutput& t) {
     const TilePlace at(g, tile, kTile);
     const int rows = static_cast<int>(g.h - at.y < kTile ? g.h - at.y : kTile);
     const int columns = static_cast<int>(g.w - at.x < kTile ? g.w - at.x : kTile);
-    const int64_t first = ((at.n * g.h + at.y) * g.w + at.x) * t.channels;
+    const int64_t first = ((at.n * g.h + at.y) * g.w + at.x) * t.out_channels;
     const float* m = t.m + (tile - t.begin) * t.channels;
     for (int64_t c = 0; c < t.channels; c += kProductLanes) {
       FloatVec lines[kSide][kTile];  // by column of points, then output row
@@ -411,11 +402,11 @@ void winograd_output(const WinogradOutput& t) {
 #pragma GCC unroll 8
         for (int j = 0; j < kSide; ++j) p[j] = lines[j][i];
         from_points<kTile>(p, y);
-        const int64_t line = first + i * g.w * t.channels + c;
+        const int64_t line = first + i * g.w * t.out_channels + c;
 #pragma GCC unroll 8
         for (int j = 0; j < kTile; ++j) {
           if (j >= columns) break;
-          const int64_t place = line + j * t.channels;
+          const int64_t place = line + j * t.out_channels;
           FloatVec u = y[j] * scale + shift;
           FloatVec r{};
           if (t.residual) r = load_raw<FloatVec>(t.residual + place);

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from resfast import native
 from resfast.backends.interface import ConvGeometry, empty_nhwc, nhwc
-from resfast.backends.scratch import flat_scratch
 
 # Below this many tiles the transformed filters cost more to read than multiplications save; in
 # training they are also made anew for every step.
@@ -51,8 +50,12 @@ def winograd_tile(x: Tensor, weight: Tensor, g: ConvGeometry, training: bool = F
 def winograd_weight(weight: Tensor, tile: int) -> Tensor:
     """The filters at the points, to keep."""
     k, c = weight.shape[:2]
-    filters = _filters(weight.new_empty(_filter_values(k, c, tile)), k, c, tile)
-    torch.ops.resfast.winograd_weight(weight.detach(), False, tile, filters)
+    columns = torch.ops.resfast.panel_columns()
+    shape = (math.ceil(k / columns), c, columns)
+    values, points = math.prod(shape), (tile + 2) ** 2
+    memory = weight.new_empty(points, values + _POINT_PADDING)
+    filters = memory[:, :values].view(points, *shape)
+    torch.ops.resfast.winograd_weight(weight.detach(), tile, filters)
     return filters
 
 
@@ -73,29 +76,8 @@ def winograd_wgrad(dz: Tensor, x: Tensor, weight: Tensor, tile: int) -> Tensor:
     return dweight
 
 
-def _point_values(k: int, c: int) -> int:
-    columns = torch.ops.resfast.panel_columns()
-    return math.ceil(k / columns) * c * columns
-
-
-def _filter_values(k: int, c: int, tile: int) -> int:
-    return (tile + 2) ** 2 * (_point_values(k, c) + _POINT_PADDING)
-
-
-def _filters(memory: Tensor, k: int, c: int, tile: int) -> Tensor:
-    """``[points, panels, C, columns]`` in flat memory of ``_filter_values``."""
-    columns = torch.ops.resfast.panel_columns()
-    values = _point_values(k, c)
-    points = memory.view((tile + 2) ** 2, values + _POINT_PADDING)[:, :values]
-    return points.view(len(points), values // (c * columns), c, columns)
-
-
 def _convolve(x: Tensor, weight: Tensor, tile: int, transposed: bool) -> Tensor:
-    k, c = weight.shape[:2] if not transposed else (weight.shape[1], weight.shape[0])
-    memory = flat_scratch("winograd filters", _filter_values(k, c, tile), weight.dtype)
-    filters = _filters(memory, k, c, tile)
-    torch.ops.resfast.winograd_weight(weight.detach(), transposed, tile, filters)
     n, _, h, w = x.shape
-    out = empty_nhwc((n, k, h, w), x)
-    torch.ops.resfast.winograd_conv(nhwc(x), filters, None, None, None, False, False, out)
+    out = empty_nhwc((n, weight.shape[1 if transposed else 0], h, w), x)
+    torch.ops.resfast.winograd_conv_once(nhwc(x), weight.detach(), transposed, tile, out)
     return out
