@@ -44,8 +44,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
       "winograd_conv(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, Tensor? residual, "
       "bool relu, bool add_after_act, Tensor(a!) out) -> ()");
   m.def(
-      "winograd_conv_once(Tensor x, Tensor weight, bool transposed, int tile, Tensor(a!) out) "
-      "-> ()");
+      "winograd_conv_once(Tensor x, Tensor weight, bool transposed, Tensor? residual, int tile, "
+      "Tensor(a!) out) -> ()");
   m.def("winograd_wgrad(Tensor x, Tensor dz, int tile, Tensor(a!) dweight) -> ()");
   m.def(
       "take_sample(Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, "

@@ -109,6 +109,13 @@ def test_epilogue(relu, c, isa):
     assert torch.equal(in_place, out)
 
 
+def test_the_inputs_gradient_is_added_to_the_residual(isa):
+    _, weight, dz = _problem(2, 48, 9, 9, 32)
+    residual = torch.randn(2, 48, 9, 9)
+    alone = pointwise_dgrad(dz, weight)
+    torch.testing.assert_close(pointwise_dgrad(dz, weight, residual), alone + residual)
+
+
 def test_each_instruction_set_runs_kernels_of_its_own(isa):
     """Told by the columns that fit its registers."""
     assert ops.panel_columns() == {"avx512": 64, "avx2": 16, "scalar": 8}[isa]

@@ -16,7 +16,7 @@ from convolutions import (
     calls_of,
 )
 
-from resfast.backends import backend
+from resfast.backends import backend, cpu
 from resfast.backends.interface import ConvGeometry, empty_nhwc, nhwc
 from resfast.backends.winograd import (
     winograd_dgrad,
@@ -25,6 +25,7 @@ from resfast.backends.winograd import (
     winograd_weight,
     winograd_wgrad,
 )
+from resfast.ops import ConvParams, NormParams, conv_bn_act, residual_block
 
 pytestmark = needs.native_library
 ops = torch.ops.resfast
@@ -133,6 +134,35 @@ def test_each_way_to_share_out_the_work(n, c, side, k, isa):
     assert torch.equal(z, kept)
     exact = _backward_weight(dz.double(), x.double())
     assert_close(winograd_wgrad(dz, x, weight, 4), exact)
+
+
+@pytest.mark.parametrize(("c", "k"), [(32, 16), (272, 304)])
+def test_the_inputs_gradient_is_added_to_the_residual(c, k, isa):
+    """In a thread's blocks of tiles, and in panels."""
+    _, weight, dz = _problem(2, c, 9, 9, k)
+    residual = torch.randn(2, c, 9, 9)
+    alone = winograd_dgrad(dz, weight, 4)
+    torch.testing.assert_close(winograd_dgrad(dz, weight, 4, residual), alone + residual)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_block_adds_the_shortcuts_gradient_in_the_last_convolution(kernel, monkeypatch):
+    added = []
+    original = cpu.CpuBackend.conv_dgrad_add
+
+    def watched(self, dz, x, weight, g, residual):
+        result = original(self, dz, x, weight, g, residual)
+        added.append(result is not None)
+        return result
+
+    monkeypatch.setattr(cpu.CpuBackend, "conv_dgrad_add", watched)
+    x, weight, _ = _problem(2, 32, 20, 20, 32)
+    weight = weight[:, :, :kernel, :kernel].clone()
+    x.requires_grad_()
+    convs = [ConvParams(weight, None, (1, 1), (kernel // 2,) * 2)] * 2
+    norms = [NormParams(*(torch.rand(32) + 0.5 for _ in range(4)), None, True) for _ in range(2)]
+    residual_block(x, convs, norms).sum().backward()
+    assert added == [True]
 
 
 @pytest.mark.parametrize(("c", "side"), [(32, 20), (256, 20), (288, 9)])
@@ -252,6 +282,7 @@ def test_filters_lie_together_but_for_their_points(strides):
         ({"weight": torch.zeros(16, 16, 1, 1)}, "weight must be"),
         ({"weight": torch.zeros(16, 16, 3, 3).double()}, "float32"),
         ({"tile": 3}, "tile must be"),
+        ({"residual": nhwc(torch.zeros(1, 16, 8, 9))}, "residual must have the shape"),
         ({"out": torch.full((1, 16, 8, 9), 7.0)}, "out must be"),
     ],
     ids=str,
@@ -261,16 +292,19 @@ def test_bad_arguments_of_a_convolution_run_once_raise(change, words, transposed
     given = {
         "x": torch.zeros(1, 16, 8, 8),
         "weight": torch.zeros(16, 16, 3, 3),
+        "residual": None,
         "tile": 4,
         "out": torch.full((1, 16, 8, 8), 7.0),
     } | change
     out = nhwc(given["out"])
     with pytest.raises(RuntimeError, match=words):
-        ops.winograd_conv_once(nhwc(given["x"]), given["weight"], transposed, given["tile"], out)
+        ops.winograd_conv_once(
+            nhwc(given["x"]), given["weight"], transposed, given["residual"], given["tile"], out
+        )
     assert (out == 7).all()
     x = nhwc(torch.zeros(1, 16, 8, 8))
     with pytest.raises(RuntimeError, match="out overlaps the memory of x"):
-        ops.winograd_conv_once(x, torch.zeros(16, 16, 3, 3), transposed, 4, x)
+        ops.winograd_conv_once(x, torch.zeros(16, 16, 3, 3), transposed, None, 4, x)
 
 
 def test_bad_gradients_raise():
@@ -315,8 +349,6 @@ def test_prepared_filters_follow_weights_norm_and_instruction_set(isa):
 
 def test_training_runs_winograd_forward_and_backward(monkeypatch):
     """A convolution large enough for it, through the public op."""
-    from resfast.ops import ConvParams, NormParams, conv_bn_act
-
     names = ["winograd_fprop", "winograd_dgrad", "winograd_wgrad"]
     called = calls_of(names, monkeypatch)
     x, weight, _ = _problem(4, 32, 16, 16, 32)

@@ -309,6 +309,7 @@ struct Convolution {
           out.m = m;
           out.point_stride = product_stride;
           out.out += panel * columns;
+          if (out.residual) out.residual += panel * columns;
           kernels.output[tile / 4](out);
         }
       });
@@ -327,6 +328,10 @@ void check_convolution(const Tensor& x, const char* x_name, const Tensor& z, con
                   shape_of(z));
   STD_TORCH_CHECK(c % lanes == 0 && k % lanes == 0, "channels must be multiples of ", lanes,
                   ", got C = ", c, ", K = ", k);
+}
+
+const float* floats(const OptionalTensor& t) {
+  return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
 }
 
 // out = act(conv(x, weight)·scale + shift + residual), or act(…) + residual; padding 1.
@@ -352,9 +357,6 @@ void winograd_conv(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   check_memory({{"out", out}}, {{"residual", residual}});
   if (out.numel() == 0) return;
 
-  const auto floats = [](const OptionalTensor& t) {
-    return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
-  };
   Convolution conv(x, packed.size(0) == 16 ? 2 : 4, out);
   conv.u = static_cast<const float*>(packed.const_data_ptr());
   conv.u_stride = packed.stride(0);
@@ -366,20 +368,25 @@ void winograd_conv(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   conv.run();
 }
 
-// out = conv(x, weight), or with its transpose turned by 180°: the input's gradient; padding 1.
-void winograd_conv_once(const Tensor& x, const Tensor& weight, bool transposed, int64_t tile,
-                        const Tensor& out) {
+// out = conv(x, weight) + residual, or with its transpose turned by 180°: the input's gradient;
+// padding 1.
+void winograd_conv_once(const Tensor& x, const Tensor& weight, bool transposed,
+                        const OptionalTensor& residual, int64_t tile, const Tensor& out) {
   check_tile(tile);
   check_filter(weight);
   check_convolution(x, "x", out, "out");
+  check_activation_like(residual, "residual", out, "out");
   STD_TORCH_CHECK(weight.size(transposed ? 0 : 1) == x.size(1) &&
                       weight.size(transposed ? 1 : 0) == out.size(1),
                   "weight must be [K, C, 3, 3] for C = ", transposed ? out.size(1) : x.size(1),
                   ", K = ", transposed ? x.size(1) : out.size(1), ", got ", shape_of(weight));
   check_memory({{"out", out, Access::whole}},
                {{"x", x, Access::whole}, {"weight", weight, Access::whole}});
+  check_memory({{"out", out}}, {{"residual", residual}});
   if (out.numel() == 0) return;
-  Convolution(x, tile, out).run(Filter(weight, transposed));
+  Convolution conv(x, tile, out);
+  conv.output.residual = floats(residual);
+  conv.run(Filter(weight, transposed));
 }
 
 // dweight = Σ over images and places of dz·x: at each point a product over the tiles, so the same

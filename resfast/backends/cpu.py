@@ -68,14 +68,24 @@ class CpuBackend(Backend):
         return winograd_fprop(x, weight, tile)
 
     def conv_dgrad(self, dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
-        if g.stride == (1, 1) and is_pointwise(dz, weight, g):
-            return pointwise_dgrad(dz, weight)
-        if is_gathered(dz, weight, g):
+        if is_gathered(dz, weight, g) and g.stride != (1, 1):
             return im2col_dgrad(dz, x, weight, g)
+        dx = self._own_dgrad(dz, weight, g, None)
+        return super().conv_dgrad(dz, x, weight, g) if dx is None else dx
+
+    def conv_dgrad_add(
+        self, dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, residual: Tensor
+    ) -> Tensor | None:
+        return self._own_dgrad(dz, weight, g, residual)
+
+    def _own_dgrad(
+        self, dz: Tensor, weight: Tensor, g: ConvGeometry, residual: Tensor | None
+    ) -> Tensor | None:
+        """Of a kernel with an epilogue, if one runs this convolution."""
+        if g.stride == (1, 1) and is_pointwise(dz, weight, g):
+            return pointwise_dgrad(dz, weight, residual)
         tile = winograd_tile(dz, weight, g, training=True)
-        if tile is None:
-            return super().conv_dgrad(dz, x, weight, g)
-        return winograd_dgrad(dz, weight, tile)
+        return None if tile is None else winograd_dgrad(dz, weight, tile, residual)
 
     def conv_wgrad(self, dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
         if dz.dtype != x.dtype:

@@ -231,6 +231,12 @@ class Backend:
         """dx ``[N, C, H, W]`` from dz ``[N, K, P, Q]``; of ``x`` only shape and layout matter."""
         return nhwc(_convolution_backward(dz, x, weight, g, (True, False))[0])
 
+    def conv_dgrad_add(
+        self, dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, residual: Tensor
+    ) -> Tensor | None:
+        """conv_dgrad + residual, or None where the addition is no part of the kernel."""
+        return None
+
     def conv_wgrad(self, dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
         """dweight, of ``weight``'s shape, from dz and the convolution's input x."""
         return _convolution_backward(dz, x, weight, g, (False, True))[1]

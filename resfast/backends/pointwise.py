@@ -49,12 +49,12 @@ def pointwise_output(x: Tensor, channels: int, g: ConvGeometry) -> Tensor:
 
 def pointwise_fprop(x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
     """conv(x, weight) on a weight packed for this call."""
-    return _convolve(x, weight, g, False)
+    return _convolve(x, weight, g, False, None)
 
 
-def pointwise_dgrad(dz: Tensor, weight: Tensor) -> Tensor:
-    """The gradient with respect to x, at stride 1: the product with the transposed weight."""
-    return _convolve(dz, weight, ConvGeometry((1, 1), (0, 0), (1, 1), 1), True)
+def pointwise_dgrad(dz: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """The gradient with respect to x, at stride 1, + residual: dz times the transposed weight."""
+    return _convolve(dz, weight, ConvGeometry((1, 1), (0, 0), (1, 1), 1), True, residual)
 
 
 def _packed_shape(k: int, c: int) -> tuple[int, int, int]:
@@ -62,12 +62,15 @@ def _packed_shape(k: int, c: int) -> tuple[int, int, int]:
     return math.ceil(k / columns), c, columns
 
 
-def _convolve(x: Tensor, weight: Tensor, g: ConvGeometry, transposed: bool) -> Tensor:
+def _convolve(
+    x: Tensor, weight: Tensor, g: ConvGeometry, transposed: bool, residual: Tensor | None
+) -> Tensor:
     k, c = weight.shape[:2] if not transposed else (weight.shape[1], weight.shape[0])
     shape = _packed_shape(k, c)
     packed = flat_scratch("pointwise weight", math.prod(shape), weight.dtype).view(shape)
     torch.ops.resfast.pointwise_weight(weight.detach(), None, transposed, packed)
     x = nhwc(x)
     out = pointwise_output(x, k, g)
-    torch.ops.resfast.pointwise_conv(x, packed, None, None, False, *g.stride, out)
+    residual = None if residual is None else nhwc(residual)
+    torch.ops.resfast.pointwise_conv(x, packed, None, residual, False, *g.stride, out)
     return out

@@ -61,12 +61,12 @@ def winograd_weight(weight: Tensor, tile: int) -> Tensor:
 
 def winograd_fprop(x: Tensor, weight: Tensor, tile: int) -> Tensor:
     """conv(x, weight) on filters transformed for this call."""
-    return _convolve(x, weight, tile, False)
+    return _convolve(x, weight, tile, False, None)
 
 
-def winograd_dgrad(dz: Tensor, weight: Tensor, tile: int) -> Tensor:
-    """The gradient with respect to x: a convolution of dz with the filters turned by 180°."""
-    return _convolve(dz, weight, tile, True)
+def winograd_dgrad(dz: Tensor, weight: Tensor, tile: int, residual: Tensor | None = None) -> Tensor:
+    """The gradient with respect to x, + residual: dz convolved with filters turned by 180°."""
+    return _convolve(dz, weight, tile, True, residual)
 
 
 def winograd_wgrad(dz: Tensor, x: Tensor, weight: Tensor, tile: int) -> Tensor:
@@ -76,8 +76,11 @@ def winograd_wgrad(dz: Tensor, x: Tensor, weight: Tensor, tile: int) -> Tensor:
     return dweight
 
 
-def _convolve(x: Tensor, weight: Tensor, tile: int, transposed: bool) -> Tensor:
+def _convolve(
+    x: Tensor, weight: Tensor, tile: int, transposed: bool, residual: Tensor | None
+) -> Tensor:
     n, _, h, w = x.shape
     out = empty_nhwc((n, weight.shape[1 if transposed else 0], h, w), x)
-    torch.ops.resfast.winograd_conv_once(nhwc(x), weight.detach(), transposed, tile, out)
+    residual = None if residual is None else nhwc(residual)
+    torch.ops.resfast.winograd_conv_once(nhwc(x), weight.detach(), transposed, residual, tile, out)
     return out

@@ -153,6 +153,10 @@ def dgrad(
         dx, _ = use.backend.conv_dgrad_fused(dz, weight, (n, c, h, w), g, None, (1, 1), None)
         return InputGradient(dx, None, residual)
     assert isinstance(dz, Tensor)
+    if residual is not None:
+        added = use.backend.conv_dgrad_add(dz, like, weight, g, residual)
+        if added is not None:
+            return InputGradient(added)
     return InputGradient(use.backend.conv_dgrad(dz, like, weight, g), None, residual)
 
 
