@@ -49,6 +49,8 @@ ISA_FLAGS = {
         *("-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
     ],
 }
+# Beyond a set: kernels of their own, chosen by what they compute.
+EXTENSION_FLAGS = {"avx512bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16"]}
 DEFAULT_CUDA_ARCHS = {"8.0": (11, 0), "9.0a": (12, 0), "10.0": (12, 8)}  # and the first nvcc
 MINIMUM_NVCC = (12, 0)
 
@@ -261,7 +263,10 @@ class NinjaBuildExt(build_ext):
         if not shutil.which(cxx[0]):
             raise BaseError(f"no C++ compiler {cxx[0]!r}: install g++, or name one in CXX")
         flags = COMMON_FLAGS + shlex.split(os.environ.get("CXXFLAGS", ""))
-        defines = [f"-DRESFAST_HAS_{isa.upper()}" for isa in isas()]
+        suffixes = {isa: ISA_FLAGS[isa] for isa in isas()}
+        if len(suffixes) > 1:
+            suffixes |= EXTENSION_FLAGS
+        defines = [f"-DRESFAST_HAS_{suffix.upper()}" for suffix in suffixes]
         torch_include = ["-isystem", str(torch.include)]
         # torch carries a pybind11 of its own, closed to users of the stable ABI.
         python_include = [
@@ -274,10 +279,10 @@ class NinjaBuildExt(build_ext):
         for source in sorted((ROOT / "csrc").glob("*.cpp")) + sorted(
             (ROOT / "csrc" / "cpu").glob("*.cpp")
         ):
-            isa = source.stem.rpartition("_")[2]
-            if isa in ISA_FLAGS and isa not in isas():
+            suffix = source.stem.rpartition("_")[2]
+            if suffix in ISA_FLAGS | EXTENSION_FLAGS and suffix not in suffixes:
                 continue
-            own = list(ISA_FLAGS.get(isa, []))
+            own = list(suffixes.get(suffix, []))
             own += python_include if source.stem == "module" else torch_include
             out = folder / source.relative_to(ROOT).with_suffix(".o")
             objects.append(

@@ -39,6 +39,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
   m.def(
       "im2col_wgrad(Tensor x, Tensor dz, int stride_h, int stride_w, int padding_h, int padding_w, "
       "Tensor(a!) dweight) -> ()");
+  m.def("bf16_products() -> bool");
+  m.def("bf16_weight(Tensor weight, Tensor(a!) packed) -> ()");
+  m.def(
+      "bf16_conv(Tensor x, Tensor packed, int kernel_h, int kernel_w, int stride_h, int stride_w, "
+      "int padding_h, int padding_w, Tensor scale, Tensor shift, Tensor? residual, bool relu, "
+      "Tensor(a!) out) -> ()");
   m.def("winograd_weight(Tensor weight, int tile, Tensor(a!) packed) -> ()");
   m.def(
       "winograd_conv(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, Tensor? residual, "

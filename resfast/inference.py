@@ -283,13 +283,13 @@ def _prepare(graph: fx.GraphModule, node: fx.Node) -> None:
         _value(graph, a) for a in node.args
     )
     stride, padding, dilation, groups, eps, relu, add_after_act = options
+    geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     if (
         select("conv_fprop", x).name != "cpu"
-        or packing_declines(x, weight, residual) is not None
+        or packing_declines(x, weight, geometry, residual) is not None
         or (residual is not None and add_after_act)
     ):
         return
-    geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     norm = NormVectors(gamma, beta, mean, var, eps)
     if (pool := _pool_behind(node)) is not None and relu and residual is None:
         _prepare_pooled(graph, node, *pool, (x, weight, bias, geometry, norm))

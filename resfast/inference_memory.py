@@ -35,16 +35,18 @@ class Memory:
     """Shapes of the results that get planned memory, and the buffer of each, by position."""
 
     shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
     buffers: list[int]
-    sizes: list[int]  # of the buffers, in values
+    sizes: list[int]  # of the buffers, in bytes
 
     def allocate(self, like: Tensor) -> list[Tensor]:
         """A channels_last tensor for each result."""
-        flat = [like.new_empty(size) for size in self.sizes]
+        flat = [like.new_empty(size, dtype=torch.uint8) for size in self.sizes]
         tensors = []
-        for shape, buffer in zip(self.shapes, self.buffers, strict=True):
+        for shape, dtype, buffer in zip(self.shapes, self.dtypes, self.buffers, strict=True):
             _, c, h, w = shape
-            tensors.append(flat[buffer].as_strided(shape, (h * w * c, 1, w * c, c)))
+            memory = flat[buffer][: prod(shape) * dtype.itemsize].view(dtype)
+            tensors.append(memory.as_strided(shape, (h * w * c, 1, w * c, c)))
         return tensors
 
 
@@ -54,7 +56,7 @@ def plan_memory(graph: fx.Graph) -> tuple[Memory, dict[fx.Node, int]]:
     Left out: values that the plan returns, or that a call may return a view of.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
-    memory = Memory([], [], [])
+    memory = Memory([], [], [], [])
     positions: dict[fx.Node, int] = {}
     free_after: list[int] = []  # by buffer: the last call that reads what is in it
     for node in graph.nodes:
@@ -63,8 +65,8 @@ def plan_memory(graph: fx.Graph) -> tuple[Memory, dict[fx.Node, int]]:
         last = _last_use(node, order)
         if last is None:
             continue
-        shape = node.meta["val"].shape
-        size = prod(shape)
+        value = node.meta["val"]
+        size = value.numel() * value.dtype.itemsize
         free = [b for b, until in enumerate(free_after) if until < order[node]]
         if free:
             buffer = min(free, key=lambda b: abs(memory.sizes[b] - size))
@@ -75,7 +77,8 @@ def plan_memory(graph: fx.Graph) -> tuple[Memory, dict[fx.Node, int]]:
             memory.sizes.append(size)
             free_after.append(last)
         positions[node] = len(memory.shapes)
-        memory.shapes.append(shape)
+        memory.shapes.append(value.shape)
+        memory.dtypes.append(value.dtype)
         memory.buffers.append(buffer)
     return memory, positions
 

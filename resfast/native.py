@@ -27,8 +27,15 @@ RAW_OPS = (
     "norm_apply_max_pool",
     "norm_max_pool_backward_reduce",
     "norm_max_pool_backward_apply",
+    "pointwise_weight",
+    "pointwise_conv",
+    "im2col_dgrad",
+    "im2col_wgrad",
+    "bf16_weight",
+    "bf16_conv",
     "winograd_weight",
     "winograd_conv",
+    "winograd_conv_once",
     "winograd_wgrad",
 )
 # of the CUDA library
@@ -91,6 +98,11 @@ def build_info() -> dict[str, Any]:
 def cpu_isa() -> str | None:
     """The instruction set the CPU kernels run with: avx512, avx2 or scalar."""
     return _C.cpu_isa() if _C is not None else None
+
+
+def bf16_products() -> bool:
+    """Whether the processor multiplies pairs of bfloat16, and the kernels that use it are there."""
+    return _C is not None and torch.ops.resfast.bf16_products()
 
 
 @functools.cache

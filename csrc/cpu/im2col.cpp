@@ -15,6 +15,7 @@
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/pointwise_kernels.h"
+#include "cpu/windows.h"
 
 namespace resfast {
 namespace {
@@ -26,104 +27,6 @@ constexpr int64_t kPixelsInChain = 128;
 const PointwiseKernels& pointwise_kernels() {
   return RESFAST_PICK(pointwise_kernels);
 }
-
-// The first value of a pixel's window: both may lie outside of the image in part.
-struct Corner {
-  const float* image;
-  int64_t y, x;
-  bool inside;  // the whole window
-};
-
-// An output pixel.
-struct Place {
-  int64_t image, row, column;
-};
-
-// Neighbouring values of a window: in one of its rows, from `start`.
-struct Run {
-  int64_t row, start, floats;
-};
-
-// The windows of an NHWC activation as rows of a matrix: [pixels of the output,
-// kernel_h·kernel_w·c], zero outside of the image.
-struct Windows {
-  const float* x;
-  int64_t n, c, h, w;
-  int64_t kernel_h, kernel_w, stride_h, stride_w;
-  int64_t first_y, first_x;  // of the first window
-  int64_t rows, columns;     // of an image's windows
-
-  int64_t count() const { return n * rows * columns; }
-  int64_t width() const { return kernel_h * kernel_w * c; }
-
-  Place place(int64_t window) const {
-    return {window / (rows * columns), window / columns % rows, window % columns};
-  }
-
-  // To the next window: divisions would cost as much as a narrow window's product.
-  void advance(Place& p) const {
-    if (++p.column < columns) return;
-    p.column = 0;
-    if (++p.row < rows) return;
-    p.row = 0;
-    ++p.image;
-  }
-
-  Corner corner(const Place& p) const {
-    const int64_t top = p.row * stride_h + first_y, left = p.column * stride_w + first_x;
-    const bool inside = top >= 0 && top + kernel_h <= h && left >= 0 && left + kernel_w <= w;
-    return {x + p.image * h * w * c, top, left, inside};
-  }
-
-  // Columns [begin, begin + floats): each run of them in one row of the window.
-  std::vector<Run> runs(int64_t begin, int64_t floats) const {
-    const int64_t line = kernel_w * c;
-    std::vector<Run> found;
-    for (int64_t done = 0; done < floats;) {
-      const int64_t row = (begin + done) / line, start = (begin + done) % line;
-      const int64_t length = std::min(floats - done, line - start);
-      found.push_back({row, start, length});
-      done += length;
-    }
-    return found;
-  }
-
-  // call(values, before, inside, after) for each run: floats outside of the image before and after
-  // those at `values`
-  template <class Call>
-  void each_run(const Corner& at, const std::vector<Run>& runs, const Call& call) const {
-    const int64_t row_floats = w * c;
-    if (at.inside) {
-      const float* first = at.image + at.y * row_floats + at.x * c;
-      for (const Run& run : runs) call(first + run.row * row_floats + run.start, 0, run.floats, 0);
-      return;
-    }
-    for (const Run& run : runs) {
-      const int64_t y = at.y + run.row, start = at.x * c + run.start;
-      if (y < 0 || y >= h) {
-        call(nullptr, run.floats, 0, 0);
-        continue;
-      }
-      const int64_t before = std::clamp<int64_t>(-start, 0, run.floats);
-      const int64_t until = std::clamp<int64_t>(row_floats - start, before, run.floats);
-      call(at.image + y * row_floats + start + before, before, until - before, run.floats - until);
-    }
-  }
-
-  void gather(const Corner& at, const std::vector<Run>& runs, float* to) const {
-    each_run(at, runs, [&](const float* values, int64_t before, int64_t inside, int64_t after) {
-      for (int64_t i = 0; i < before; ++i) *to++ = 0.0f;
-      if (inside > 0) to = std::copy(values, values + inside, to);
-      for (int64_t i = 0; i < after; ++i) *to++ = 0.0f;
-    });
-  }
-
-  void fetch(const Corner& at, const std::vector<Run>& runs) const {
-    each_run(at, runs, [](const float* values, int64_t, int64_t inside, int64_t) {
-      for (int64_t i = 0; i < inside; i += 16) __builtin_prefetch(values + i, 0, 2);
-    });
-  }
-};
 
 void check_window(int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w) {
   STD_TORCH_CHECK(stride_h >= 1 && stride_w >= 1, "strides must be at least 1, got ", stride_h,
@@ -171,8 +74,8 @@ struct Remainder {
 };
 
 struct Phase {
-  Windows windows;  // of dz
-  int64_t y, x;     // remainders
+  Windows<float> windows;  // of dz
+  int64_t y, x;            // remainders
   int64_t first_tap_y, first_tap_x;
   float* u;  // [panels, taps·K, columns]
 };
@@ -200,19 +103,19 @@ void im2col_dgrad(const Tensor& dz, const Tensor& weight, int64_t stride_h, int6
     const Remainder in_h(y, h, weight.size(2), stride_h, padding_h);
     for (int64_t x = 0; x < std::min(stride_w, w); ++x) {
       const Remainder in_w(x, w, weight.size(3), stride_w, padding_w);
-      const Windows windows{static_cast<const float*>(dz.const_data_ptr()),
-                            n,
-                            k,
-                            dz.size(2),
-                            dz.size(3),
-                            in_h.taps,
-                            in_w.taps,
-                            1,
-                            1,
-                            in_h.first_place,
-                            in_w.first_place,
-                            in_h.pixels,
-                            in_w.pixels};
+      const Windows<float> windows{static_cast<const float*>(dz.const_data_ptr()),
+                                   n,
+                                   k,
+                                   dz.size(2),
+                                   dz.size(3),
+                                   in_h.taps,
+                                   in_w.taps,
+                                   1,
+                                   1,
+                                   in_h.first_place,
+                                   in_w.first_place,
+                                   in_h.pixels,
+                                   in_w.pixels};
       phases.push_back({windows, y, x, in_h.first_tap, in_w.first_tap, next});
       next += windows.width() * panels * kernels.columns;
     }
@@ -223,7 +126,7 @@ void im2col_dgrad(const Tensor& dz, const Tensor& weight, int64_t stride_h, int6
   const int64_t r_stride = weight.stride(2), s_stride = weight.stride(3);
   const auto pack = [&](const Phase& phase, int64_t panel, int64_t tap, int64_t begin,
                         int64_t end) {
-    const Windows& in = phase.windows;
+    const Windows<float>& in = phase.windows;
     const int64_t r = phase.first_tap_y + (in.kernel_h - 1 - tap / in.kernel_w) * stride_h;
     const int64_t s = phase.first_tap_x + (in.kernel_w - 1 - tap % in.kernel_w) * stride_w;
     const int64_t first = panel * kernels.columns;
@@ -252,7 +155,7 @@ void im2col_dgrad(const Tensor& dz, const Tensor& weight, int64_t stride_h, int6
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       for (const Phase& phase : phases) {
-        const Windows& in = phase.windows;
+        const Windows<float>& in = phase.windows;
         const int64_t rows = in.count(), width = in.width();
         // Threads share out what there is more of, so that less is read by all of them.
         const bool by_panels = c > rows && panels >= threads;
@@ -311,19 +214,19 @@ void im2col_wgrad(const Tensor& x, const Tensor& dz, int64_t stride_h, int64_t s
   check_memory({{"dweight", dweight, Access::whole}},
                {{"x", x, Access::whole}, {"dz", dz, Access::whole}});
   const PointwiseKernels& kernels = pointwise_kernels();
-  const Windows in{static_cast<const float*>(x.const_data_ptr()),
-                   x.size(0),
-                   x.size(1),
-                   x.size(2),
-                   x.size(3),
-                   dweight.size(2),
-                   dweight.size(3),
-                   stride_h,
-                   stride_w,
-                   -padding_h,
-                   -padding_w,
-                   dz.size(2),
-                   dz.size(3)};
+  const Windows<float> in{static_cast<const float*>(x.const_data_ptr()),
+                          x.size(0),
+                          x.size(1),
+                          x.size(2),
+                          x.size(3),
+                          dweight.size(2),
+                          dweight.size(3),
+                          stride_h,
+                          stride_w,
+                          -padding_h,
+                          -padding_w,
+                          dz.size(2),
+                          dz.size(3)};
   const int64_t k = dz.size(1), width = in.width(), pixels = in.count();
   auto* out = static_cast<float*>(dweight.mutable_data_ptr());
   const auto* d = static_cast<const float*>(dz.const_data_ptr());
@@ -347,9 +250,9 @@ void im2col_wgrad(const Tensor& x, const Tensor& dz, int64_t stride_h, int64_t s
     float* const sums =
         apart ? gathered + kPixelsInChain * columns : out + k_begin * width + panel_begin * columns;
     const int64_t sum_stride = apart ? own : width;
-    std::vector<Corner> corners(kPixelsInChain), next(kPixelsInChain);
+    std::vector<Corner<float>> corners(kPixelsInChain), next(kPixelsInChain);
     Place place{};
-    const auto locate = [&](int64_t left, std::vector<Corner>& to) {
+    const auto locate = [&](int64_t left, std::vector<Corner<float>>& to) {
       const int64_t count = std::clamp<int64_t>(left, 0, kPixelsInChain);
       for (int64_t i = 0; i < count; ++i, in.advance(place)) to[i] = in.corner(place);
       return count;
@@ -372,7 +275,6 @@ void im2col_wgrad(const Tensor& x, const Tensor& dz, int64_t stride_h, int64_t s
         for (int64_t i = 0; i < rows; ++i) {
           float* row = gathered + i * columns;
           in.gather(corners[i], runs, row);
-          std::fill(row + existing, row + t.columns, 0.0f);
           if (i < next_rows) in.fetch(next[i], runs);
         }
         t.next_rows = panel == panel_begin ? next_rows : 0;

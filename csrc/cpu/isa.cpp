@@ -82,6 +82,15 @@ Isa cpu_isa() {
   return static_cast<Isa>(isa);
 }
 
+bool has_bf16_products() {
+#if defined(RESFAST_HAS_AVX512BF16)
+  static const bool here = __builtin_cpu_supports("avx512bf16");
+  return here && cpu_isa() == Isa::avx512;
+#else
+  return false;
+#endif
+}
+
 void set_cpu_isa(const char* name) {
   const Isa isa = name && *name ? parse(name, "set_cpu_isa") : automatic();
   chosen.store(static_cast<int>(isa), std::memory_order_relaxed);

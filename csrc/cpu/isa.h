@@ -16,6 +16,9 @@ void set_cpu_isa(const char* name);
 
 const char* isa_name(Isa isa);
 
+// Whether products of bfloat16 pairs were compiled in, and run here: on avx512, if that is chosen.
+bool has_bf16_products();
+
 template <class Kernels>
 const Kernels& pick(const Kernels& scalar, const Kernels& avx2, const Kernels& avx512) {
   const Isa isa = cpu_isa();

@@ -27,18 +27,30 @@ struct Sampled {
     return total;
   }
 
-  // f(values, how many, distance of two)
+  // f(bits of a value as float32)
   template <class F>
   void for_each(const F& f) const {
-    f(static_cast<const float*>(weight.const_data_ptr()), weight.numel() / step(), step());
+    each_of(weight, weight.numel() / step(), step(), f);
     for (const Tensor* v : vectors) {
-      if (v) f(static_cast<const float*>(v->const_data_ptr()), v->numel(), int64_t{1});
+      if (v) each_of(*v, v->numel(), 1, f);
+    }
+  }
+
+  template <class F>
+  static void each_of(const Tensor& t, int64_t count, int64_t step, const F& f) {
+    if (t.scalar_type() == ScalarType::BFloat16) {
+      const auto* p = static_cast<const uint16_t*>(t.const_data_ptr());
+      for (int64_t i = 0; i < count; ++i) f(uint32_t{p[i * step]} << 16);
+    } else {
+      const auto* p = static_cast<const uint32_t*>(t.const_data_ptr());
+      for (int64_t i = 0; i < count; ++i) f(p[i * step]);
     }
   }
 
   bool readable() const {
     const auto fits = [](const Tensor& t) {
-      return t.is_cpu() && t.scalar_type() == ScalarType::Float;
+      return t.is_cpu() &&
+             (t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16);
     };
     if (!fits(weight) || !(is_dense_nhwc(weight) || weight.is_contiguous())) return false;
     for (const Tensor* v : vectors) {
@@ -55,7 +67,7 @@ const Tensor* given(const OptionalTensor& t) {
 }
 
 // Into `sample`, which has one value for each. False, and nothing written, where the tensors are
-// not float32 on the CPU, dense and of matching sizes.
+// not float32 or bfloat16 on the CPU, dense and of matching sizes.
 bool take_sample(const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& gamma,
                  const OptionalTensor& beta, const Tensor& mean, const Tensor& var,
                  const Tensor& sample) {
@@ -66,9 +78,7 @@ bool take_sample(const Tensor& weight, const OptionalTensor& bias, const Optiona
                       sample.numel() >= s.count(),
                   "sample must be contiguous float32 of at least ", s.count(), " values");
   float* to = static_cast<float*>(sample.mutable_data_ptr());
-  s.for_each([&](const float* p, int64_t count, int64_t step) {
-    for (int64_t i = 0; i < count; ++i) *to++ = p[i * step];
-  });
+  s.for_each([&](uint32_t bits) { std::memcpy(to++, &bits, sizeof bits); });
   return true;
 }
 
@@ -80,9 +90,7 @@ bool same_sample(const Tensor& weight, const OptionalTensor& bias, const Optiona
   if (weight.dim() != 4 || !s.readable() || sample.numel() < s.count()) return false;
   const float* kept = static_cast<const float*>(sample.const_data_ptr());
   bool same = true;
-  s.for_each([&](const float* p, int64_t count, int64_t step) {
-    for (int64_t i = 0; i < count; ++i) same &= std::memcmp(p + i * step, kept++, 4) == 0;
-  });
+  s.for_each([&](uint32_t bits) { same &= std::memcmp(&bits, kept++, sizeof bits) == 0; });
   return same;
 }
 

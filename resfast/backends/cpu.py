@@ -128,7 +128,7 @@ class CpuBackend(Backend):
     def epilogue_declines(
         self, x: Tensor, weight: Tensor, g: ConvGeometry, residual: Tensor | None
     ) -> str | None:
-        return packing_declines(x, weight, residual)
+        return packing_declines(x, weight, g, residual)
 
     def norm_stats(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return self._moments(z, acc_dtype(z.dtype))

@@ -1,9 +1,10 @@
 """Convolution with norm, residual and ReLU in its epilogue, on weights prepared once.
 
-3×3 convolutions of stride 1 run by Winograd's algorithm and 1×1 convolutions as products, both in
-kernels of our own; the others by oneDNN, whose post-ops reach PyTorch through
-``mkldnn::_convolution_pointwise``. Those take no per-channel scale, so scale is folded into the
-weights, in fp32. Transforming or packing costs a pass over the weights each, hence the cache.
+float32 3×3 convolutions of stride 1 run by Winograd's algorithm and 1×1 convolutions as products,
+bfloat16 convolutions as products of pairs, all in kernels of our own; the others by oneDNN, whose
+post-ops reach PyTorch through ``mkldnn::_convolution_pointwise``. Those take no per-channel scale,
+so scale is folded into the weights, in fp32. Transforming or packing costs a pass over the weights
+each, hence the cache.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from resfast import native
+from resfast.backends.bf16 import bf16_declines, bf16_weight
 from resfast.backends.interface import ConvGeometry, NormVectors, empty_nhwc
 from resfast.backends.pointwise import is_pointwise, pointwise_output, pointwise_weight
 from resfast.backends.winograd import winograd_tile, winograd_weight
 
 _SAMPLES = 64  # as in csrc/cpu/sample.cpp
+_NO_SCALE = "oneDNN post-ops take no per-channel scale, and 16-bit weights do not bear one"
 
 
 class PackedConvolution(Protocol):
@@ -98,7 +101,7 @@ def recall_convolution(
     key = entry.key
     if (
         x.shape != entry.input_shape
-        or x.dtype != torch.float32
+        or x.dtype != weight.dtype
         or not x.is_cpu
         or key.version != weight._version
         or key.data_ptr != weight.data_ptr()
@@ -111,7 +114,7 @@ def recall_convolution(
             residual is not None
             and (
                 residual.shape != entry.output_shape
-                or residual.dtype != torch.float32
+                or residual.dtype != weight.dtype
                 or not residual.is_cpu
                 or residual.shape[2:] == (1, 1)
             )
@@ -122,16 +125,23 @@ def recall_convolution(
     return entry.run
 
 
-def packing_declines(x: Tensor, weight: Tensor, residual: Tensor | None) -> str | None:
-    """Why oneDNN cannot run this convolution with its norm as a post-op, or None."""
-    if x.dtype != torch.float32:
-        return f"oneDNN post-ops take no per-channel scale, and {x.dtype} weights do not bear one"
-    if not torch.backends.mkldnn.enabled or not torch.backends.mkldnn.is_available():
-        return "oneDNN is off"
+def packing_declines(
+    x: Tensor, weight: Tensor, g: ConvGeometry, residual: Tensor | None
+) -> str | None:
+    """Why this convolution cannot run with its norm in its epilogue, or None."""
     if x.numel() == 0:
         return "an empty batch"
     if weight.is_inference():
         return "an inference tensor's weights have no version to cache by"
+    if x.dtype == torch.bfloat16 and weight.dtype == torch.bfloat16:
+        reason = bf16_declines(weight, g)
+        if reason is None:
+            return None
+        return f"{reason}; {_NO_SCALE}"
+    if x.dtype != torch.float32:
+        return _NO_SCALE
+    if not torch.backends.mkldnn.enabled or not torch.backends.mkldnn.is_available():
+        return "oneDNN is off"
     if residual is not None and residual.shape[2:] == (1, 1):
         return "oneDNN's binary post-op cannot describe a 1×1 residual"
     return None
@@ -162,7 +172,9 @@ _TILES = {"winograd2": 2, "winograd4": 4}
 
 
 def own_kernel(x: Tensor, weight: Tensor, g: ConvGeometry) -> str | None:
-    """Which kernel of our own runs this convolution: pointwise, winograd2, winograd4, or none."""
+    """Which kernel of our own runs this convolution: bf16, pointwise, winograd2 or 4, or none."""
+    if x.dtype == torch.bfloat16:
+        return "bf16"
     if is_pointwise(x, weight, g):
         return "pointwise"
     tile = winograd_tile(x, weight, g)
@@ -187,6 +199,8 @@ def prepare_convolution(
     own = own_kernel(x, weight, g)
     if own is None:
         return _onednn(x, weight, g, affine.scale, shift)
+    if own == "bf16":
+        return _bf16(weight, g, affine.scale, shift)
     if own == "pointwise":
         return _pointwise(weight, g, affine.scale, shift)
     return _winograd(weight, _TILES[own], affine.scale, shift)
@@ -222,6 +236,20 @@ def _pointwise(weight: Tensor, g: ConvGeometry, scale: Tensor, shift: Tensor) ->
         torch.ops.resfast.pointwise_conv(x, packed, shift, residual, relu, *g.stride, out)
 
     return writing_convolution(write, lambda x: pointwise_output(x, channels, g))
+
+
+def _bf16(weight: Tensor, g: ConvGeometry, scale: Tensor, shift: Tensor) -> PackedConvolution:
+    packed, kernel = bf16_weight(weight), weight.shape[2:]
+
+    def write(x: Tensor, residual: Tensor | None, relu: bool, out: Tensor) -> None:
+        torch.ops.resfast.bf16_conv(
+            x, packed, *kernel, *g.stride, *g.padding, scale, shift, residual, relu, out
+        )
+
+    def output(x: Tensor) -> Tensor:
+        return empty_nhwc((x.shape[0], weight.shape[0], *_output_size(x, weight, g)), x)
+
+    return writing_convolution(write, output)
 
 
 def _onednn(

@@ -1,0 +1,110 @@
+// The windows that a convolution's output pixels see of its input, and their gathering (im2col).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace resfast {
+
+// The first value of a pixel's window: both may lie outside of the image in part.
+template <class T>
+struct Corner {
+  const T* image;
+  int64_t y, x;
+  bool inside;  // the whole window
+};
+
+// An output pixel.
+struct Place {
+  int64_t image, row, column;
+};
+
+// Neighbouring values of a window: in one of its rows, from `start`.
+struct Run {
+  int64_t row, start, length;
+};
+
+// The windows of an NHWC activation as rows of a matrix: [pixels of the output,
+// kernel_h·kernel_w·c], zero outside of the image.
+template <class T>
+struct Windows {
+  const T* x;
+  int64_t n, c, h, w;
+  int64_t kernel_h, kernel_w, stride_h, stride_w;
+  int64_t first_y, first_x;  // of the first window
+  int64_t rows, columns;     // of an image's windows
+
+  int64_t count() const { return n * rows * columns; }
+  int64_t width() const { return kernel_h * kernel_w * c; }
+
+  Place place(int64_t window) const {
+    return {window / (rows * columns), window / columns % rows, window % columns};
+  }
+
+  // To the next window: divisions would cost as much as a narrow window's product.
+  void advance(Place& p) const {
+    if (++p.column < columns) return;
+    p.column = 0;
+    if (++p.row < rows) return;
+    p.row = 0;
+    ++p.image;
+  }
+
+  Corner<T> corner(const Place& p) const {
+    const int64_t top = p.row * stride_h + first_y, left = p.column * stride_w + first_x;
+    const bool inside = top >= 0 && top + kernel_h <= h && left >= 0 && left + kernel_w <= w;
+    return {x + p.image * h * w * c, top, left, inside};
+  }
+
+  // Columns [begin, begin + length): each run of them in one row of the window.
+  std::vector<Run> runs(int64_t begin, int64_t length) const {
+    const int64_t line = kernel_w * c;
+    std::vector<Run> found;
+    for (int64_t done = 0; done < length;) {
+      const int64_t row = (begin + done) / line, start = (begin + done) % line;
+      found.push_back({row, start, std::min(length - done, line - start)});
+      done += found.back().length;
+    }
+    return found;
+  }
+
+  // call(values, before, inside, after) for each run: how many are outside of the image before and
+  // after those at `values`
+  template <class Call>
+  void each_run(const Corner<T>& at, const std::vector<Run>& runs, const Call& call) const {
+    const int64_t line = w * c;
+    if (at.inside) {
+      const T* first = at.image + at.y * line + at.x * c;
+      for (const Run& run : runs) call(first + run.row * line + run.start, 0, run.length, 0);
+      return;
+    }
+    for (const Run& run : runs) {
+      const int64_t y = at.y + run.row, start = at.x * c + run.start;
+      if (y < 0 || y >= h) {
+        call(nullptr, run.length, 0, 0);
+        continue;
+      }
+      const int64_t before = std::clamp<int64_t>(-start, 0, run.length);
+      const int64_t until = std::clamp<int64_t>(line - start, before, run.length);
+      call(at.image + y * line + start + before, before, until - before, run.length - until);
+    }
+  }
+
+  void gather(const Corner<T>& at, const std::vector<Run>& runs, T* to) const {
+    each_run(at, runs, [&](const T* values, int64_t before, int64_t inside, int64_t after) {
+      for (int64_t i = 0; i < before; ++i) *to++ = T{};
+      if (inside > 0) to = std::copy(values, values + inside, to);
+      for (int64_t i = 0; i < after; ++i) *to++ = T{};
+    });
+  }
+
+  void fetch(const Corner<T>& at, const std::vector<Run>& runs) const {
+    each_run(at, runs, [](const T* values, int64_t, int64_t inside, int64_t) {
+      for (int64_t i = 0; i < inside; i += 64 / int64_t{sizeof(T)})
+        __builtin_prefetch(values + i, 0, 2);
+    });
+  }
+};
+
+}  // namespace resfast
