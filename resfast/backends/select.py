@@ -91,14 +91,15 @@ def select(function: str, z: Tensor, declined: dict[str, str] | None = None) -> 
 
 def report(
     function: str,
-    chosen: Backend,
+    chosen: Backend | str,
     z: Tensor,
     declined: dict[str, str] | None = None,
     fused: tuple[str, ...] = (),
 ) -> None:
-    """Tell the listeners what runs ``function`` on ``z``."""
+    """Tell the listeners what runs ``function`` on ``z``: a backend, or whose kernel by name."""
+    name = chosen if isinstance(chosen, str) else chosen.name
     for listener in _listeners:
-        listener(Choice(function, chosen.name, tuple(z.shape), str(z.dtype), declined or {}, fused))
+        listener(Choice(function, name, tuple(z.shape), str(z.dtype), declined or {}, fused))
 
 
 def find(function: str, z: Tensor) -> tuple[Backend, dict[str, str]]:

@@ -115,6 +115,11 @@ def _name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
 
+def measures(device: torch.device) -> bool:
+    """Whether measurements are made, and remembered ones used, on such a device."""
+    return device.type == "cuda"
+
+
 _retuning = False
 
 
@@ -138,7 +143,7 @@ WORTH = 0.74
 
 def known_engine(key: str, device: torch.device) -> bool | None:
     """Whether resfast's own kernel was measured to be worth while, None where nothing is known."""
-    if device.type != "cuda":
+    if not measures(device):
         return None
     found = tiles_of(_name(device.index)).known.get(f"{key} own")
     return None if found is None else bool(found[0])
@@ -149,7 +154,7 @@ def compare_engines(
 ) -> None:
     """While retuning on CUDA, measure the two once and remember whether ``own`` is worth while."""
     name = f"{key} own"
-    if not _retuning or device.type != "cuda" or name in _measured:
+    if not _retuning or not measures(device) or name in _measured:
         return
     _measured.add(name)
     share = time_on_cuda(library, REPETITIONS) / time_on_cuda(own, REPETITIONS)
@@ -167,7 +172,7 @@ def choose(
     ``run`` launches the kernel with a candidate. Measures on CUDA only, and never while a graph is
     captured.
     """
-    if device.type != "cuda":
+    if not measures(device):
         return candidates[0]
     name = _name(device.index)
     tiles = tiles_of(name)

@@ -1,0 +1,170 @@
+"""A convolution of an inference plan on CUDA: by the fastest of three engines for its size.
+
+triton: resfast's own, norm, residual and ReLU in its epilogue. cudnn: the library's fused one, on
+folded weights. passes: the library's, and a norm kernel behind it in place.
+
+``resfast.fusion(convolutions=…)`` says which may run: "own" leaves triton alone wherever it can,
+"library" the other two, "auto" all three. They are measured when the plan is made, as tiles are
+(see ``tuning``). Where nothing is measured triton runs 1×1 convolutions, and others run on cudnn,
+or else by passes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resfast.backends import tuning
+from resfast.backends.cudnn import cudnn_convolution, cudnn_declines
+from resfast.backends.fusion import current_fusion
+from resfast.backends.interface import Affine, Backend, ConvGeometry, NormVectors, nhwc
+from resfast.backends.packed import PackedConvolution
+from resfast.backends.select import find, report, select
+from resfast.backends.triton import TritonBackend, convolution_key
+
+
+class Engine(NamedTuple):
+    """As it is remembered: a position in ``NAMES``."""
+
+    number: int
+
+    @property
+    def name(self) -> str:
+        return NAMES[self.number]
+
+
+NAMES = ("triton", "cudnn", "passes")
+TRITON, CUDNN, PASSES = (Engine(i) for i in range(len(NAMES)))
+
+
+class _Ending(NamedTuple):
+    """What follows the convolution. residual: a tensor like it."""
+
+    norm: NormVectors
+    residual: Tensor | None
+    relu: bool
+    add_after_act: bool
+
+
+def plan_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    g: ConvGeometry,
+    norm: NormVectors,
+    residual: Tensor | None,
+    relu: bool,
+    add_after_act: bool,
+) -> PackedConvolution | None:
+    """A function (x, residual, relu) → y, or None where plain PyTorch runs, or nothing.
+
+    Of x and the residual only shapes and dtypes matter. ``weight`` and ``bias`` may be more exact
+    than x.
+    """
+    backend, declined = find("conv_fprop", x)
+    if not tuning.measures(x.device) or backend.name == "eager" or x.numel() == 0:
+        return None
+    ending = _Ending(norm, residual, relu, add_after_act)
+    rounded = nhwc(weight.detach().to(x.dtype))
+    runs: dict[Engine, PackedConvolution] = {}
+    allowed = current_fusion().convolutions
+    if isinstance(backend, TritonBackend) and allowed != "library":
+        reason = backend.kernel_declines(x, rounded, g)
+        if reason is None:
+            rounded_bias = None if bias is None else bias.detach().to(x.dtype)
+            runs[TRITON] = _triton(backend, rounded, rounded_bias, g, ending)
+        else:
+            declined[f"{backend.name} convolution"] = reason
+    if allowed != "own" or not runs:
+        fused, reason = _cudnn(x, weight, bias, g, ending)
+        if fused is not None:
+            runs[CUDNN] = fused
+        elif reason is not None:
+            declined["cudnn"] = reason
+        runs[PASSES] = _passes(backend, rounded, bias, g, ending)
+    engine = _fastest(x, rounded, g, ending, runs)
+    chosen = runs[engine]
+    rest = ", ".join(e.name for e in runs if e is not engine)
+    if rest:
+        declined[rest] = f"{engine.name} is faster here, or expected to be"
+    fuses = () if engine is PASSES else ("epilogue",)
+    name = "cudnn" if engine is CUDNN else backend.name
+
+    def run(x: Tensor, residual: Tensor | None, relu: bool, out: Tensor | None = None) -> Tensor:
+        report("conv_fprop", name, x, declined, fuses)
+        return chosen(x, residual, relu, out)
+
+    return run
+
+
+def _fastest(
+    x: Tensor,
+    weight: Tensor,
+    g: ConvGeometry,
+    ending: _Ending,
+    runs: dict[Engine, PackedConvolution],
+) -> Engine:
+    pointwise = tuple(weight.shape[2:]) == (1, 1)
+    order = (TRITON, CUDNN, PASSES) if pointwise else (CUDNN, PASSES, TRITON)
+    candidates = [engine for engine in order if engine in runs]
+    if len(candidates) == 1:
+        return candidates[0]
+    joined = ending.residual is not None and ("after" if ending.add_after_act else "before")
+    key = (
+        f"{convolution_key('conv_fprop', x, weight, g)} relu {ending.relu} residual {joined} "
+        f"{'/'.join(sorted(engine.name for engine in candidates))} engine"
+    )
+    like = torch.randn_like(nhwc(x))
+    residual = None if ending.residual is None else torch.randn_like(nhwc(ending.residual))
+    chosen: Engine = tuning.choose(
+        key, candidates, lambda e: runs[e](like, residual, ending.relu), x.device
+    )
+    return chosen
+
+
+def _triton(
+    backend: TritonBackend, weight: Tensor, bias: Tensor | None, g: ConvGeometry, ending: _Ending
+) -> PackedConvolution:
+    norm, _, _, add_after_act = ending
+
+    def run(x: Tensor, residual: Tensor | None, relu: bool, out: Tensor | None = None) -> Tensor:
+        assert out is None
+        return backend.conv_fprop_affine(x, weight, bias, g, norm, residual, relu, add_after_act)
+
+    return run
+
+
+def _cudnn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, ending: _Ending
+) -> tuple[PackedConvolution | None, str | None]:
+    """cuDNN's, after one run: which sizes it has a kernel for, it alone knows. Or why not."""
+    norm, residual, relu, add_after_act = ending
+    reason = cudnn_declines(x, residual, relu, add_after_act)
+    if reason is not None:
+        return None, reason
+    try:
+        run = cudnn_convolution(weight, bias, g, norm, x.dtype, residual is not None)
+        run(x, residual, relu)
+    except (ArithmeticError, RuntimeError) as error:
+        return None, str(error).splitlines()[0]
+    return run, None
+
+
+def _passes(
+    backend: Backend, weight: Tensor, bias: Tensor | None, g: ConvGeometry, ending: _Ending
+) -> PackedConvolution:
+    norm, _, _, add_after_act = ending
+    mean, scale, beta = norm.affine(weight.dtype)
+    # the library would add the bias in another pass
+    affine = Affine(mean if bias is None else mean - bias.detach().to(mean.dtype), scale, beta)
+
+    def run(x: Tensor, residual: Tensor | None, relu: bool, out: Tensor | None = None) -> Tensor:
+        assert out is None
+        z = Backend.conv_fprop(backend, x, weight, None, g)
+        return select("norm_apply", z).norm_apply(
+            z, affine, residual, None, relu, add_after_act, out=z
+        )
+
+    return run
