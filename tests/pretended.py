@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from resfast.backends import select, tuning
+from resfast.backends import norm_race, select, tuning
 from resfast.backends.eager import EagerBackend
 from resfast.backends.interface import nhwc
 from resfast.backends.triton import TritonBackend
@@ -57,6 +57,7 @@ def forget(monkeypatch) -> None:
     """What a new process does not know: all but the file."""
     tiles = tuning.Tiles(GPU, {})
     monkeypatch.setattr(tuning, "_measured", set())
+    monkeypatch.setattr(norm_race, "_known", {})
     monkeypatch.setattr(tuning, "tiles_of", lambda device: tiles)
 
 
@@ -66,12 +67,14 @@ class Stopwatch:
     def __init__(self, monkeypatch, milliseconds: dict[str, float]) -> None:
         self.milliseconds = milliseconds
         self.told: list[str] = []
+        self.runs = 0
         monkeypatch.setattr(tuning, "time_on_cuda", self)
 
     def tell(self, name: str) -> None:
         self.told.append(name)
 
     def __call__(self, run, repetitions: int) -> float:
+        self.runs += 1
         before = len(self.told)
         run()
         return sum(self.milliseconds[name] for name in self.told[before:])

@@ -15,7 +15,7 @@ from torch import Tensor
 import resfast
 from resfast import native
 from resfast.backends import cuda as cuda_backend
-from resfast.backends import select
+from resfast.backends import norm_race, select
 from resfast.backends.eager import EagerBackend
 from resfast.backends.interface import Affine, mask_shape, nhwc, pack_mask
 from resfast.testing import (
@@ -516,6 +516,16 @@ def test_backend(forced, monkeypatch, case, reads_once):
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 def test_backend_in_half_precision(forced, dtype):
     assert_ok(judge_seeds(NORMS[1], dtype, 32, DEVICE, ("nhwc",)))
+
+
+@pytest.mark.parametrize("race", norm_race._SETUPS, ids=str)
+@pytest.mark.parametrize("reads_once", [True, False])
+def test_what_races_is_this_backends_own_pass(forced, monkeypatch, race, reads_once):
+    if not reads_once:
+        monkeypatch.setattr(cuda_backend, "HELD_PIXELS", 0)
+    backend = select._BACKENDS["cuda"]
+    window = (3, 2, 1) if race[1] else ()
+    norm_race._SETUPS[race](randn(SMALL), window, backend)(backend)
 
 
 def test_blocks_in_a_row_are_one_op(forced):

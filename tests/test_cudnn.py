@@ -259,6 +259,9 @@ def test_plain_pytorch_and_empty_batches_are_left_alone(device):
 # ---- which is faster
 
 
+NAMES = (engines.TRITON, engines.CUDNN, engines.PASSES)
+
+
 @pytest.fixture
 def engine_names(monkeypatch, device, tmp_path):
     """Engines that write their number and tell the stopwatch; yields what takes which time."""
@@ -269,7 +272,7 @@ def engine_names(monkeypatch, device, tmp_path):
     def fake(name):
         def run(x, residual, relu, out=None):
             watch.tell(name)
-            return torch.full_like(x, engines.NAMES.index(name))
+            return torch.full_like(x, NAMES.index(name))
 
         return run
 
@@ -282,14 +285,14 @@ def engine_names(monkeypatch, device, tmp_path):
 def planned(*args) -> str:
     x, *rest = args or arguments()
     y = plan_convolution(x, *rest, None, True, False)(x, None, True)
-    return engines.NAMES[int(y.flatten()[0])]
+    return NAMES[int(y.flatten()[0])]
 
 
-@pytest.mark.parametrize("fastest", engines.NAMES)
+@pytest.mark.parametrize("fastest", NAMES)
 def test_the_fastest_is_measured_once_and_remembered(engine_names, monkeypatch, fastest):
     engine_names.milliseconds[fastest] = 0.5
     assert planned() == fastest
-    assert set(engine_names.told) == set(engines.NAMES)
+    assert set(engine_names.told) == set(NAMES)
     engine_names.told.clear()
     pretended.forget(monkeypatch)
     assert planned() == fastest
@@ -338,7 +341,7 @@ def test_fusion_says_which_may_run(engine_names, convolutions, fastest):
     engine_names.milliseconds["triton"] = 3.0 if convolutions == "auto" else 0.5
     with resfast.fusion(convolutions=convolutions):
         assert planned() == fastest
-    expected = {"own": {"triton"}, "library": {"cudnn", "passes"}, "auto": set(engines.NAMES)}
+    expected = {"own": {"triton"}, "library": {"cudnn", "passes"}, "auto": set(NAMES)}
     assert set(engine_names.told) == expected[convolutions]
 
 

@@ -11,6 +11,7 @@ or else by passes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,19 +25,7 @@ from resfast.backends.packed import PackedConvolution
 from resfast.backends.select import find, report, select
 from resfast.backends.triton import TritonBackend, convolution_key
 
-
-class Engine(NamedTuple):
-    """As it is remembered: a position in ``NAMES``."""
-
-    number: int
-
-    @property
-    def name(self) -> str:
-        return NAMES[self.number]
-
-
-NAMES = ("triton", "cudnn", "passes")
-TRITON, CUDNN, PASSES = (Engine(i) for i in range(len(NAMES)))
+TRITON, CUDNN, PASSES = "triton", "cudnn", "passes"
 
 
 class _Ending(NamedTuple):
@@ -68,7 +57,7 @@ def plan_convolution(
         return None
     ending = _Ending(norm, residual, relu, add_after_act)
     rounded = nhwc(weight.detach().to(x.dtype))
-    runs: dict[Engine, PackedConvolution] = {}
+    runs: dict[str, PackedConvolution] = {}
     allowed = current_fusion().convolutions
     if isinstance(backend, TritonBackend) and allowed != "library":
         reason = backend.kernel_declines(x, rounded, g)
@@ -86,11 +75,11 @@ def plan_convolution(
         runs[PASSES] = _passes(backend, rounded, bias, g, ending)
     engine = _fastest(x, rounded, g, ending, runs)
     chosen = runs[engine]
-    rest = ", ".join(e.name for e in runs if e is not engine)
+    rest = ", ".join(e for e in runs if e != engine)
     if rest:
-        declined[rest] = f"{engine.name} is faster here, or expected to be"
-    fuses = () if engine is PASSES else ("epilogue",)
-    name = "cudnn" if engine is CUDNN else backend.name
+        declined[rest] = f"{engine} is faster here, or expected to be"
+    fuses = () if engine == PASSES else ("epilogue",)
+    name = engine if engine == CUDNN else backend.name
 
     def run(x: Tensor, residual: Tensor | None, relu: bool, out: Tensor | None = None) -> Tensor:
         report("conv_fprop", name, x, declined, fuses)
@@ -104,8 +93,8 @@ def _fastest(
     weight: Tensor,
     g: ConvGeometry,
     ending: _Ending,
-    runs: dict[Engine, PackedConvolution],
-) -> Engine:
+    runs: dict[str, PackedConvolution],
+) -> str:
     pointwise = tuple(weight.shape[2:]) == (1, 1)
     order = (TRITON, CUDNN, PASSES) if pointwise else (CUDNN, PASSES, TRITON)
     candidates = [engine for engine in order if engine in runs]
@@ -113,15 +102,20 @@ def _fastest(
         return candidates[0]
     joined = ending.residual is not None and ("after" if ending.add_after_act else "before")
     key = (
-        f"{convolution_key('conv_fprop', x, weight, g)} relu {ending.relu} residual {joined} "
-        f"{'/'.join(sorted(engine.name for engine in candidates))} engine"
+        f"{convolution_key('conv_fprop', x, weight, g)} relu {ending.relu} residual {joined} engine"
     )
-    like = torch.randn_like(nhwc(x))
-    residual = None if ending.residual is None else torch.randn_like(nhwc(ending.residual))
-    chosen: Engine = tuning.choose(
-        key, candidates, lambda e: runs[e](like, residual, ending.relu), x.device
-    )
-    return chosen
+    generator = torch.Generator(x.device).manual_seed(0)  # nobody's random numbers change
+
+    def random(like: Tensor | None) -> Tensor | None:
+        return None if like is None else nhwc(torch.empty_like(like).normal_(generator=generator))
+
+    like, residual = random(x), random(ending.residual)
+    assert like is not None
+
+    def run(engine: str) -> Callable[[], Tensor]:
+        return lambda: runs[engine](like, residual, ending.relu)
+
+    return tuning.choose_name(key, {engine: run(engine) for engine in candidates}, x.device)
 
 
 def _triton(

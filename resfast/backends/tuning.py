@@ -1,8 +1,10 @@
 """Tiles measured on this device and remembered: in a file a device, and shipped with the package.
 
-``RESFAST_TUNE``: "first" measures at the first use of a convolution's size (default), "never"
-takes what is remembered or the cost model's choice. ``RESFAST_CACHE_DIR``: where the files are, by
-default ``$XDG_CACHE_HOME/resfast`` or ``~/.cache/resfast``.
+So are choices among kernels: whose norms (norm_race.py), whose convolutions (engines.py).
+
+``RESFAST_TUNE``: "first" measures at the first use of a size (default), "never" takes what is
+remembered, or else the cost model's tile and the first in order. ``RESFAST_CACHE_DIR``: where the
+files are, by default ``$XDG_CACHE_HOME/resfast`` or ``~/.cache/resfast``.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -134,6 +136,11 @@ def retuning() -> Iterator[None]:
         _retuning = before
 
 
+def is_retuning() -> bool:
+    """Whether what is remembered may be measured anew."""
+    return _retuning
+
+
 _measured: set[str] = set()
 
 # Replacing a library's convolution pays from about 74 % of its speed on: the norms' passes beside
@@ -189,6 +196,22 @@ def choose(
         tiles.remember(key, best)
         _measured.add(key)
     return best
+
+
+class _Position(NamedTuple):
+    """Of a name, in their alphabetical order: a choice as it is remembered."""
+
+    number: int
+
+
+def choose_name(key: str, runs: dict[str, Callable[[], Any]], device: torch.device) -> str:
+    """``choose`` among runs by their names, the first being taken where nothing is known."""
+    names = sorted(runs)
+    candidates = [_Position(names.index(name)) for name in runs]
+    best: _Position = choose(
+        f"{key} {'/'.join(names)}", candidates, lambda p: runs[names[p.number]](), device
+    )
+    return names[best.number]
 
 
 def fastest(
