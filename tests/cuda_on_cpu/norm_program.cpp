@@ -81,9 +81,15 @@ void run_call(const Header& h, const Operands& o) {
       float* const s = reinterpret_cast<float*>(b.get());
       check(norm_stats(launch, {m, c, reduction, o.at(0), s, s + plane, s + 2 * plane}));
       // n: 1 for a mean in double, and 2 for M2
-      return check(merge_stats(
-          launch, {m, c, reduction.tiles, reduction.rows, s, s + plane, s + 2 * plane,
-                   {o.at(1), (h.n & 1) != 0}, {o.at(2), (h.n & 2) != 0}}));
+      return check(merge_stats(launch, {m,
+                                        c,
+                                        reduction.tiles,
+                                        reduction.rows,
+                                        s,
+                                        s + plane,
+                                        s + 2 * plane,
+                                        {o.at(1), (h.n & 1) != 0},
+                                        {o.at(2), (h.n & 2) != 0}}));
     }
     case 1:
       return check(norm_prepare(launch, {c, eps, o.vector(0), o.vector(1), o.vector(2),
