@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from resfast.backends import tuning
-from resfast.backends.cudnn import cudnn_convolution, cudnn_declines
+from resfast.backends.cudnn_convolution import cudnn_convolution, cudnn_declines
 from resfast.backends.fusion import current_fusion
 from resfast.backends.interface import Affine, Backend, ConvGeometry, NormVectors, nhwc
 from resfast.backends.packed import PackedConvolution

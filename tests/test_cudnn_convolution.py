@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import resfast
 from resfast.backends import engines, select, tuning
-from resfast.backends.cudnn import cudnn_convolution, fold
+from resfast.backends.cudnn_convolution import cudnn_convolution, fold
 from resfast.backends.engines import plan_convolution
 from resfast.backends.interface import ConvGeometry, NormVectors, nhwc
 from resfast.nn import ConvBNAct
