@@ -22,7 +22,7 @@ EXAMPLES = {
   resfast export runs/NAME --out n.onnx  the trained network for other programs
   resfast gradflow                       why shortcuts matter, in a picture
   resfast bench                          compare speed with what people use instead
-  resfast tune                           measure the Triton kernels' tiles on this GPU
+  resfast tune                           measure tiles, and whose kernels run, on this GPU
   resfast traffic                        bytes of memory a training step moves
   resfast info                           what is built and what runs here
   resfast check                          compare numerics with stock PyTorch""",
@@ -168,7 +168,7 @@ def build_parser() -> Parser:
     bench = _command(commands, "bench", "race a model against what people use instead", _bench)
     _add_bench_options(bench)
 
-    tune = _command(commands, "tune", "measure the Triton kernels' tiles on this GPU", _tune)
+    tune = _command(commands, "tune", "measure tiles, and whose kernels run, on this GPU", _tune)
     _add_work_options(tune)
     _add_step_option(tune, action="append", shown="the one in force")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from resfast.backends.fusion import Fusion, current_fusion
 from resfast.backends.interface import FUNCTIONS
 from resfast.backends.select import Choice, listen
+from resfast.inference import OptimizedModel
 from resfast.nn.fuse import Fusible, PlanRow
 
 
@@ -70,6 +71,8 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     With autograd on, backward runs too. Parameters, gradients, buffers and random state are as
     before afterwards.
 
+    Of what ``optimize_for_inference`` made, the convolutions that a plan has prepared on CUDA.
+
     Args:
         model: any module; the layers of resfast in it are reported.
         x: an input it accepts.
@@ -79,11 +82,15 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     forward_choices: dict[str, list[Choice]] = {}
     current: list[str] = []
     backward: Counter[tuple[str, str]] = Counter()
+    outside: list[Choice] = []  # in forward: of no module's own
+    in_forward = True
 
     def note(choice: Choice) -> None:
         declined.update(choice.declined)
         if current:
             forward_choices[current[-1]].append(choice)
+        elif in_forward:
+            outside.append(choice)
         else:
             backward[choice.function, _label(choice)] += 1
 
@@ -91,11 +98,14 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     parents: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_restored(model))
+        if isinstance(model, OptimizedModel):
+            model(x)  # makes the plan, for which every module runs once
         for name, m in model.named_modules():
             if isinstance(m, Fusible):
                 stack.enter_context(_traced(name, m, current, plans, parents, forward_choices))
         stack.enter_context(listen(note))
         y = model(x)
+        in_forward = False
         outputs = [t for t in _tensors(y) if t.requires_grad]
         wanted = [p for p in model.parameters() if p.requires_grad]
         if outputs and wanted:
@@ -109,11 +119,19 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
             Row(name or type(model).__name__, r.children, r.op, backends, r.reason or "")
             for r in plan
         ]
+    rows += [
+        Row(type(model).__name__, (), c.function, {c.function: _label(c)}, _reasons(c))
+        for c in outside
+    ]
     return Explanation(rows, dict(backward), declined, current_fusion())
 
 
 def _label(choice: Choice) -> str:
     return "+".join((choice.backend, *choice.fused))
+
+
+def _reasons(choice: Choice) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in choice.declined.items())
 
 
 def _tensors(y: object) -> list[Tensor]:

@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from resfast.backends.interface import ConvGeometry, NormVectors
+from resfast.backends.engines import plan_convolution
+from resfast.backends.interface import ConvGeometry, NormVectors, nhwc
 from resfast.backends.packed import (
     PackedConvolution,
     own_kernel,
@@ -34,7 +35,7 @@ from resfast.backends.packed_pool import (
     native_window,
     prepare_pooled_convolution,
 )
-from resfast.backends.select import select
+from resfast.backends.select import find
 from resfast.inference_memory import PREPARED, Memory, plan_memory
 
 MAX_PLANS = 8
@@ -267,41 +268,86 @@ def _use_planned_memory(graph: fx.GraphModule) -> Memory:
     return memory
 
 
-def _value(graph: fx.GraphModule, argument: Any) -> Any:
-    """A parameter's tensor; of an activation, one like it."""
-    if not isinstance(argument, fx.Node):
-        return argument
-    if argument.op == "get_attr":
-        return getattr(graph, str(argument.target))
-    like = argument.meta["val"]
+def _like(activation: Any) -> Tensor | None:
+    """A tensor like an argument's."""
+    if activation is None:
+        return None
+    like = activation.meta["val"]
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
+def _parameter(graph: fx.GraphModule, argument: Any) -> Tensor | None:
+    """A parameter's tensor as the module has it, before autocast's cast; None of anything else."""
+    if not isinstance(argument, fx.Node):
+        return None
+    if argument.target is torch.ops.aten._to_copy.default:
+        return _parameter(graph, argument.args[0])
+    return getattr(graph, str(argument.target)) if argument.op == "get_attr" else None
+
+
+def _channels_last(graph: fx.GraphModule, node: fx.Node, activation: Any) -> Any:
+    """An argument of ``node`` as kernels read it, which the op would see to itself."""
+    if activation is None:
+        return None
+    like = activation.meta["val"]
+    dense = nhwc(like)
+    if dense.stride() == like.stride():
+        return activation
+    with graph.graph.inserting_before(node):
+        call = graph.graph.call_function(nhwc, (activation,))
+    call.meta = {"val": dense}
+    return call
+
+
 def _prepare(graph: fx.GraphModule, node: fx.Node) -> None:
-    """Replace the op by its convolution, prepared; the trace has checked the arguments."""
-    x, weight, bias, gamma, beta, mean, var, residual, *options = (
-        _value(graph, a) for a in node.args
-    )
-    stride, padding, dilation, groups, eps, relu, add_after_act = options
+    """Replace the op by its convolution, prepared; the trace has checked the arguments.
+
+    One whose parameters the graph computes stays an op.
+    """
+    x, residual = _like(node.args[0]), _like(node.args[7])
+    assert x is not None
+    parameters = [_parameter(graph, a) for a in node.args[1:7]]
+    if any(a is not None and p is None for a, p in zip(node.args[1:7], parameters, strict=True)):
+        return
+    weight, bias, gamma, beta, mean, var = cast(Any, parameters)
+    stride, padding, dilation, groups, eps, relu, add_after_act = cast(Any, node.args[8:])
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    if (
-        select("conv_fprop", x).name != "cpu"
-        or packing_declines(x, weight, geometry, residual) is not None
-        or (residual is not None and add_after_act)
+    norm = NormVectors(gamma, beta, mean, var, eps)
+    if find("conv_fprop", x)[0].name != "cpu":
+        run = plan_convolution(x, weight, bias, geometry, norm, residual, relu, add_after_act)
+        if run is not None:
+            _replace(graph, node, run, relu, None, False)
+        return
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if packing_declines(x, weight, geometry, residual) is not None or (
+        residual is not None and add_after_act
     ):
         return
-    norm = NormVectors(gamma, beta, mean, var, eps)
+    for i in (0, 7):
+        node.update_arg(i, _channels_last(graph, node, node.args[i]))
     if (pool := _pool_behind(node)) is not None and relu and residual is None:
         _prepare_pooled(graph, node, *pool, (x, weight, bias, geometry, norm))
         return
     run = prepare_convolution(x, weight, bias, geometry, norm)
     # the residual's memory, where nothing reads it afterwards
     out = node.args[7] if _is_last_use(node, node.args[7]) else None
+    _replace(graph, node, run, relu, out, own_kernel(x, weight, geometry) is not None)
+
+
+def _replace(
+    graph: fx.GraphModule,
+    node: fx.Node,
+    run: PackedConvolution,
+    relu: bool,
+    out: Any,
+    own: bool,
+) -> None:
+    """``own``: the convolution takes memory for its result."""
     arguments = (node.args[0], node.args[7], relu, out)
     with graph.graph.inserting_before(node):
         call = graph.graph.call_function(_named(run, node.name), arguments)
     # its consumers ask for its shape
-    call.meta = {**node.meta, PREPARED: own_kernel(x, weight, geometry) is not None}
+    call.meta = {**node.meta, PREPARED: own}
     node.replace_all_uses_with(call)
     graph.graph.erase_node(node)
 

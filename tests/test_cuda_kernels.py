@@ -15,7 +15,7 @@ from torch import Tensor
 import resfast
 from resfast import native
 from resfast.backends import cuda as cuda_backend
-from resfast.backends import select
+from resfast.backends import norm_race, select
 from resfast.backends.eager import EagerBackend
 from resfast.backends.interface import Affine, mask_shape, nhwc, pack_mask
 from resfast.testing import (
@@ -135,6 +135,24 @@ def test_statistics(kernels, shape, dtype):
     expected_mean, expected_m2 = EAGER.norm_stats(z.double())
     assert_close(mean, expected_mean, expected_m2.sqrt())
     assert_close(m2, expected_m2, expected_m2, roundings=24)
+
+
+@pytest.mark.parametrize("kinds", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_statistics_in_double_are_not_rounded(kernels, shape, kinds):
+    z = randn(shape, mean=1e4)
+    c, n = shape[1], shape[0] * shape[2] * shape[3]
+    rounded = vectors(c, 2)
+    exact = [torch.full((c,), float("nan"), dtype=torch.float64, device=DEVICE) for _ in range(2)]
+    mean, m2 = (e if double else r for e, r, double in zip(exact, rounded, kinds, strict=True))
+    kernels.cuda_norm_stats(z, mean, m2)
+    expected_mean, expected_m2 = EAGER.norm_stats(z.double())
+    std = (expected_m2 / n).sqrt()
+    if kinds[0]:  # relative to the spread, not to the mean
+        assert ((mean - expected_mean).abs() <= 24 * U * std).all()
+    else:
+        assert_close(mean, expected_mean, expected_m2.sqrt())
+    assert_close(m2.float(), expected_m2, expected_m2, roundings=24)
 
 
 @pytest.mark.parametrize("outlier", [0.0, 1e6])
@@ -516,6 +534,28 @@ def test_backend(forced, monkeypatch, case, reads_once):
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 def test_backend_in_half_precision(forced, dtype):
     assert_ok(judge_seeds(NORMS[1], dtype, 32, DEVICE, ("nhwc",)))
+
+
+@pytest.mark.parametrize("race", norm_race._SETUPS, ids=str)
+@pytest.mark.parametrize("reads_once", [True, False])
+def test_what_races_is_this_backends_own_pass(forced, monkeypatch, race, reads_once):
+    if not reads_once:
+        monkeypatch.setattr(cuda_backend, "HELD_PIXELS", 0)
+    backend = select._BACKENDS["cuda"]
+    window = (3, 2, 1) if race[1] else ()
+    norm_race._SETUPS[race](randn(SMALL), window, backend)(backend)
+
+
+def test_ranks_statistics_merge_exactly(forced):
+    """Each rank's mean is a standard deviation from the next's, and large beside it."""
+    ranks = [randn((2, 16, 9, 8), mean=1e4 + i) for i in range(5)]
+    moments = [select._BACKENDS["cuda"].norm_stats_exact(z) for z in ranks]
+    assert all(v.dtype == torch.float64 for pair in moments for v in pair)
+    means, m2s = (torch.stack(vs) for vs in zip(*moments, strict=True))
+    n = 2 * 9 * 8
+    m2 = m2s.sum(0) + n * (means - means.mean(0)).square().sum(0)
+    _, expected = EAGER.norm_stats(torch.cat(ranks).double())
+    assert ((m2 - expected).abs() / expected).max() < 1e-6
 
 
 def test_blocks_in_a_row_are_one_op(forced):

@@ -114,6 +114,8 @@ def test_bad_tensor_is_rejected_before_any_write(op, name):
         }
     if (op, name) == ("cuda_norm_stats", "z"):  # the only activation there
         del bad["height"], bad["dtype"]
+    if op == "cuda_norm_stats" and name != "z":  # for who merges them with other ranks'
+        del bad["dtype"]
     for kind, value in bad.items():
         if kind == "strided" and value.is_contiguous():
             continue  # one column

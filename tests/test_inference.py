@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import resfast
 from resfast import BasicBlock
 from resfast.nn import ConvBNAct
+from resfast.ops.params import ConvParams, NormParams
 
 pytestmark = needs.native_library
 MODELS = ["resnet18", "resnet50", "resnext50_32x4d", "preact_resnet18", "simple_resnet"]
@@ -178,6 +179,46 @@ def test_a_convolution_and_its_max_pool_run_a_few_images_at_a_time(n, window, mo
 def test_other_max_pools_run_as_they_are(pool, monkeypatch):
     monkeypatch.setattr("resfast.backends.packed_pool._PIECE_BYTES", 1)
     model, x = nn.Sequential(ConvBNAct.make(3, 16), pool).eval(), _images(3, 3, 12, 10)
+    with torch.no_grad():
+        torch.testing.assert_close(resfast.optimize_for_inference(model)(x), model(x))
+
+
+class Doubled(nn.Module):
+    """A convolution whose weight, or another parameter, is made on every call."""
+
+    def __init__(self, doubled):
+        super().__init__()
+        self.layer = ConvBNAct.make(16, 16)
+        self.doubled = doubled
+
+    def forward(self, x):
+        conv, norm = self.layer.conv, self.layer.bn
+        t = {"weight": conv.weight, "mean": norm.running_mean}
+        t[self.doubled] = t[self.doubled] * 2
+        geometry = (1, 1), (1, 1), (1, 1), 1
+        parameters = NormParams(
+            norm.weight, norm.bias, t["mean"], norm.running_var, None, False, None, norm.eps
+        )
+        return resfast.ops.conv_bn_act(x, ConvParams(t["weight"], None, *geometry), parameters)
+
+
+@pytest.mark.parametrize("doubled", ["weight", "mean"])
+def test_what_the_model_computes_is_not_prepared_ahead(doubled):
+    model, x = _model(build=lambda: Doubled(doubled)), _images(2, 16, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(resfast.optimize_for_inference(model)(x), model(x))
+
+
+def test_activations_in_another_layout_are_taken_too():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = ConvBNAct.make(16, 16)
+
+        def forward(self, x):
+            return self.layer(x, x * 2)
+
+    model, x = _model(build=Joined), torch.randn(2, 16, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(resfast.optimize_for_inference(model)(x), model(x))
 

@@ -135,6 +135,10 @@ cuda::Affine affine_of(const OptionalTensor& mean, const OptionalTensor& scale,
   return {pointer<float>(mean), pointer<float>(scale), pointer<float>(beta)};
 }
 
+cuda::Statistic statistic_of(const Tensor& t) {
+  return {pointer<void>(t), t.scalar_type() == ScalarType::Double};
+}
+
 cuda::Mask mask_of(bool relu, const OptionalTensor& y, const OptionalTensor& bits) {
   if (!relu) return cuda::Mask::none;
   if (bits) return cuda::Mask::from_bits;
@@ -145,8 +149,8 @@ cuda::Mask mask_of(bool relu, const OptionalTensor& y, const OptionalTensor& bit
 
 void norm_stats(const Tensor& z, const Tensor& mean, const Tensor& m2) {
   check_form(z);
-  check_channel_vector(mean, "mean", z);
-  check_channel_vector(m2, "m2", z);
+  check_statistic(mean, "mean", z);
+  check_statistic(m2, "m2", z);
   check_memory({{"mean", mean, Access::whole}, {"m2", m2, Access::whole}}, {{"z", z}});
   check_cuda(z, "z");
   if (z.numel() == 0) {
@@ -164,7 +168,7 @@ void norm_stats(const Tensor& z, const Tensor& mean, const Tensor& m2) {
                                             tiles + plane, tiles + 2 * plane}));
   call.check(cuda::merge_stats(call.launch,
                                {call.m, call.c, tiling.tiles, tiling.rows, tiles, tiles + plane,
-                                tiles + 2 * plane, pointer<float>(mean), pointer<float>(m2)}));
+                                tiles + 2 * plane, statistic_of(mean), statistic_of(m2)}));
 }
 
 void norm_prepare(const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias,

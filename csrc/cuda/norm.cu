@@ -86,6 +86,14 @@ __global__ void __launch_bounds__(kThreads, 1) norm_stats_kernel(const NormStats
   store(a.m2, out, out_m2);
 }
 
+__device__ __forceinline__ void put(const Statistic& to, int64_t channel, double value) {
+  if (to.is_double) {
+    static_cast<double*>(to.values)[channel] = value;
+  } else {
+    static_cast<float*>(to.values)[channel] = static_cast<float>(value);
+  }
+}
+
 // Chan's rule over all tiles of a channel at once, in double.
 __global__ void __launch_bounds__(kMergeChannels* kMergeThreads)
     merge_stats_kernel(const MergeStats a) {
@@ -112,8 +120,8 @@ __global__ void __launch_bounds__(kMergeChannels* kMergeThreads)
   }
   sum_over_rows(m2, scratch_double);
   if (threadIdx.y != 0 || !exists) return;
-  a.out_mean[channel] = static_cast<float>(pilot + shift[0]);
-  a.out_m2[channel] = static_cast<float>(m2[0]);
+  put(a.out_mean, channel, pilot + shift[0]);
+  put(a.out_m2, channel, m2[0]);
 }
 
 __global__ void __launch_bounds__(kMergeChannels* kMergeThreads)

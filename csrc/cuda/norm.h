@@ -38,13 +38,19 @@ struct NormStats {
 };
 const char* norm_stats(const Launch& launch, const NormStats& arguments);
 
+// A statistic per channel: float, or double for who merges it with others.
+struct Statistic {
+  void* values;
+  bool is_double;
+};
+
 struct MergeStats {
   int64_t m, c, tiles, rows;  // rows per tile
   const float* mean;          // [tiles, c] each
   const float* rest;
   const float* m2;
-  float* out_mean;
-  float* out_m2;
+  Statistic out_mean;
+  Statistic out_m2;
 };
 const char* merge_stats(const Launch& launch, const MergeStats& arguments);
 

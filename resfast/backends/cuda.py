@@ -90,9 +90,10 @@ class CudaBackend(Backend):
     # ---- normalisation
 
     def norm_stats(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        mean, m2 = (_new_vector(z) for _ in range(2))
-        _native.cuda_norm_stats(nhwc(z), mean, m2)
-        return mean, m2
+        return _moments(z, torch.float32)
+
+    def norm_stats_exact(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return _moments(z, torch.float64)
 
     def norm_apply(
         self,
@@ -275,6 +276,12 @@ def _vector(v: Tensor) -> Tensor:
 
 def _optional_vector(v: Tensor | None) -> Tensor | None:
     return None if v is None else _vector(v)
+
+
+def _moments(z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    mean, m2 = (z.new_empty(z.shape[1], dtype=dtype) for _ in range(2))
+    _native.cuda_norm_stats(nhwc(z), mean, m2)
+    return mean, m2
 
 
 def _new_vector(z: Tensor) -> Tensor:

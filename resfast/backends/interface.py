@@ -62,6 +62,14 @@ class NormVectors(NamedTuple):
         mean, var = self.mean.to(acc), self.var.to(acc)
         return make_affine(mean, var, self.weight, self.bias, self.eps)[0]
 
+    def scale_and_shift(self, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """For ``dtype``, of z·scale + shift, where ``bias`` is still to be added to z."""
+        affine = self.affine(dtype)
+        shift = affine.beta - affine.mean * affine.scale
+        if bias is not None:
+            shift = shift + bias.detach() * affine.scale
+        return affine.scale, shift
+
 
 class NormGradient(NamedTuple):
     """dz that is not stored: scale·du + coef_z·(z − mean) + coef_1, rounded to du's dtype.

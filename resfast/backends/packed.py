@@ -192,18 +192,15 @@ def prepare_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, norm: NormVectors
 ) -> PackedConvolution:
     """``packed_convolution`` without memory; of ``x`` only the shape matters."""
-    affine = norm.affine(x.dtype)
-    shift = affine.beta - affine.mean * affine.scale
-    if bias is not None:
-        shift = shift + bias.detach() * affine.scale
+    scale, shift = norm.scale_and_shift(bias, x.dtype)
     own = own_kernel(x, weight, g)
     if own is None:
-        return _onednn(x, weight, g, affine.scale, shift)
+        return _onednn(x, weight, g, scale, shift)
     if own == "bf16":
-        return _bf16(weight, g, affine.scale, shift)
+        return _bf16(weight, g, scale, shift)
     if own == "pointwise":
-        return _pointwise(weight, g, affine.scale, shift)
-    return _winograd(weight, _TILES[own], affine.scale, shift)
+        return _pointwise(weight, g, scale, shift)
+    return _winograd(weight, _TILES[own], scale, shift)
 
 
 def writing_convolution(

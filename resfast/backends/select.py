@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from resfast.backends import norm_race
 from resfast.backends.cpu import CpuBackend
 from resfast.backends.cuda import CudaBackend
 from resfast.backends.eager import EagerBackend
@@ -17,7 +18,7 @@ from resfast.backends.interface import Backend
 from resfast.backends.triton import TritonBackend
 
 # in order of preference; the last one takes everything. Triton fuses norms into convolutions, which
-# the CUDA kernels do not, and neither has been timed on a GPU.
+# the CUDA kernels do not; where those were measured to run a norm faster, they come first.
 _BACKENDS: dict[str, Backend] = {
     b.name: b for b in (CpuBackend(), TritonBackend(), CudaBackend(), EagerBackend())
 }
@@ -91,22 +92,32 @@ def select(function: str, z: Tensor, declined: dict[str, str] | None = None) -> 
 
 def report(
     function: str,
-    chosen: Backend,
+    chosen: Backend | str,
     z: Tensor,
     declined: dict[str, str] | None = None,
     fused: tuple[str, ...] = (),
 ) -> None:
-    """Tell the listeners what runs ``function`` on ``z``."""
+    """Tell the listeners what runs ``function`` on ``z``: a backend, or whose kernel by name."""
+    name = chosen if isinstance(chosen, str) else chosen.name
     for listener in _listeners:
-        listener(Choice(function, chosen.name, tuple(z.shape), str(z.dtype), declined or {}, fused))
+        listener(Choice(function, name, tuple(z.shape), str(z.dtype), declined or {}, fused))
 
 
-def find(function: str, z: Tensor) -> tuple[Backend, dict[str, str]]:
-    """``select`` without a report: the backend, and why the ones before it do not."""
+def find(
+    function: str, z: Tensor, window: norm_race.Window | None = None
+) -> tuple[Backend, dict[str, str]]:
+    """``select`` without a report: the backend, and why the ones before it do not.
+
+    ``window``: of the max-pool behind the norm.
+    """
     declined: dict[str, str] = {}
     for name in (_forced,) if _forced else _BACKENDS:
         candidate = _BACKENDS[name]
         reason = _reason_against(candidate, function, z)
+        if reason is None and name == "triton" and not _forced:
+            rival = _BACKENDS.get("cuda")
+            if norm_race.loses(function, candidate, rival, z, window):
+                reason = "cuda was measured to be faster"
         if reason is None:
             return candidate, declined
         declined[name] = reason

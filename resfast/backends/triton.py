@@ -114,19 +114,24 @@ class TritonBackend(Backend):
         self, function: str, x: Tensor, weight: Tensor, g: ConvGeometry
     ) -> str | None:
         choice = current_fusion().convolutions
-        if g.groups != 1:
-            return f"{g.groups} groups"
         if choice == "library":
             return "the library's convolutions were asked for"
-        if weight.dtype != x.dtype:
-            return f"input {x.dtype}, weight {weight.dtype}"
-        if choice == "own":
-            return None
-        measured = tuning.known_engine(_key(function, x, weight, g), x.device)
+        reason = self.kernel_declines(x, weight, g)
+        if reason is not None or choice == "own":
+            return reason
+        measured = tuning.known_engine(convolution_key(function, x, weight, g), x.device)
         if measured is None and tuple(weight.shape[2:]) != (1, 1):
             return "only 1×1 convolutions are expected to be faster than the library's"
         if measured is False:
             return "the library's was measured to be faster"
+        return None
+
+    def kernel_declines(self, x: Tensor, weight: Tensor, g: ConvGeometry) -> str | None:
+        """Why no kernel of its own runs this convolution, whoever was asked for, or None."""
+        if g.groups != 1:
+            return f"{g.groups} groups"
+        if weight.dtype != x.dtype:
+            return f"input {x.dtype}, weight {weight.dtype}"
         return None
 
     def conv_fprop(self, x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
@@ -498,7 +503,7 @@ class TritonBackend(Backend):
         )
 
 
-def _key(function: str, t: Tensor, weight: Tensor, g: ConvGeometry) -> str:
+def convolution_key(function: str, t: Tensor, weight: Tensor, g: ConvGeometry) -> str:
     """A convolution's size, as measurements are kept by; t is x, or dz for a gradient."""
     shape = "x".join(map(str, t.shape))
     filters = "x".join(map(str, weight.shape))
@@ -520,7 +525,7 @@ def _fastest(
 
     ``normed``: an operand is made on the way in; ``variant``: what is fused.
     """
-    key = _key(function, t, weight, g)
+    key = convolution_key(function, t, weight, g)
     k, c = weight.shape[:2]
     channels = {"conv_fprop": c, "conv_dgrad": k, "conv_wgrad": min(c, k)}[function]
     sizes = _product(function, t, weight, g)

@@ -1,8 +1,10 @@
 """Tiles measured on this device and remembered: in a file a device, and shipped with the package.
 
-``RESFAST_TUNE``: "first" measures at the first use of a convolution's size (default), "never"
-takes what is remembered or the cost model's choice. ``RESFAST_CACHE_DIR``: where the files are, by
-default ``$XDG_CACHE_HOME/resfast`` or ``~/.cache/resfast``.
+So are choices among kernels: whose norms (norm_race.py), whose convolutions (engines.py).
+
+``RESFAST_TUNE``: "first" measures at the first use of a size (default), "never" takes what is
+remembered, or else the cost model's tile and the first in order. ``RESFAST_CACHE_DIR``: where the
+files are, by default ``$XDG_CACHE_HOME/resfast`` or ``~/.cache/resfast``.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -115,6 +117,11 @@ def _name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
 
+def measures(device: torch.device) -> bool:
+    """Whether measurements are made, and remembered ones used, on such a device."""
+    return device.type == "cuda"
+
+
 _retuning = False
 
 
@@ -129,6 +136,11 @@ def retuning() -> Iterator[None]:
         _retuning = before
 
 
+def is_retuning() -> bool:
+    """Whether what is remembered may be measured anew."""
+    return _retuning
+
+
 _measured: set[str] = set()
 
 # Replacing a library's convolution pays from about 74 % of its speed on: the norms' passes beside
@@ -138,7 +150,7 @@ WORTH = 0.74
 
 def known_engine(key: str, device: torch.device) -> bool | None:
     """Whether resfast's own kernel was measured to be worth while, None where nothing is known."""
-    if device.type != "cuda":
+    if not measures(device):
         return None
     found = tiles_of(_name(device.index)).known.get(f"{key} own")
     return None if found is None else bool(found[0])
@@ -149,7 +161,7 @@ def compare_engines(
 ) -> None:
     """While retuning on CUDA, measure the two once and remember whether ``own`` is worth while."""
     name = f"{key} own"
-    if not _retuning or device.type != "cuda" or name in _measured:
+    if not _retuning or not measures(device) or name in _measured:
         return
     _measured.add(name)
     share = time_on_cuda(library, REPETITIONS) / time_on_cuda(own, REPETITIONS)
@@ -167,7 +179,7 @@ def choose(
     ``run`` launches the kernel with a candidate. Measures on CUDA only, and never while a graph is
     captured.
     """
-    if device.type != "cuda":
+    if not measures(device):
         return candidates[0]
     name = _name(device.index)
     tiles = tiles_of(name)
@@ -184,6 +196,22 @@ def choose(
         tiles.remember(key, best)
         _measured.add(key)
     return best
+
+
+class _Position(NamedTuple):
+    """Of a name, in their alphabetical order: a choice as it is remembered."""
+
+    number: int
+
+
+def choose_name(key: str, runs: dict[str, Callable[[], Any]], device: torch.device) -> str:
+    """``choose`` among runs by their names, the first being taken where nothing is known."""
+    names = sorted(runs)
+    candidates = [_Position(names.index(name)) for name in runs]
+    best: _Position = choose(
+        f"{key} {'/'.join(names)}", candidates, lambda p: runs[names[p.number]](), device
+    )
+    return names[best.number]
 
 
 def fastest(

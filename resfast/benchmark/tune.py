@@ -1,4 +1,4 @@
-"""`resfast tune`: measure tiles, and whose convolutions to run, for a model on this GPU."""
+"""`resfast tune`: measure tiles, and whose convolutions and norms run, for a model on this GPU."""
 
 from __future__ import annotations
 
@@ -6,26 +6,37 @@ import torch
 
 import resfast
 from resfast.backends import tuning
+from resfast.backends.norm_race import PASSES
 from resfast.benchmark.work import Work
 from resfast.training.config import OptionError
 
 
 def tune(work: Work, steps: list[str]) -> int:
-    """One training step, or forward, a fusion step; every kernel's tiles are measured anew."""
+    """Two training steps, or forwards, a fusion step; everything is measured anew.
+
+    The first with Triton's kernels alone, for their tiles; in the second backends race.
+    """
     if not work.device.startswith("cuda"):
         raise OptionError(f"tune measures on a GPU, the device is {work.device}")
     tiles = tuning.tiles_of(torch.cuda.get_device_name(work.device))
     model = work.build()
     contender = work.contender(model, model, work.batches())
-    with tuning.retuning(), resfast.backend("triton"):
+    with tuning.retuning():
         for step in steps:
-            with resfast.fusion(step, "own"):
+            with resfast.backend("triton"), resfast.fusion(step, "own"):
                 contender.step()
                 torch.cuda.synchronize()
-    engines = {k: v[0] for k, v in tiles.known.items() if k.endswith(" own")}
-    print(f"{len(tiles.known) - len(engines)} tiles of {tiles.device} in {tiles.path}")
+            with resfast.fusion(step):
+                contender.step()
+                torch.cuda.synchronize()
+    known = tiles.known.items()
+    engines = {k: v[0] for k, v in known if k.endswith(" own")}
+    norms = [v[0] for k, v in known if k.startswith(tuple(PASSES.values()))]
+    print(f"{sum(len(v) > 1 for _, v in known)} tiles of {tiles.device} in {tiles.path}")
     print(
         f"convolutions of resfast's own expected to be faster: {sum(engines.values())} of ", end=""
     )
     print(f"{len(engines)} passes")
+    # by their names' order, see tuning.choose_name
+    print(f"norms faster in CUDA C++ than in Triton: {norms.count(0)} of {len(norms)} passes")
     return 0

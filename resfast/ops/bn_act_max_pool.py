@@ -53,8 +53,8 @@ def pooled(z: Tensor, window: Sequence[int]) -> tuple[int, int, int, int]:
     return n, c, p, q
 
 
-def _select(function: str, z: Tensor) -> Backend:
-    backend, declined = find(function, z)
+def _select(function: str, z: Tensor, window: Sequence[int]) -> Backend:
+    backend, declined = find(function, z, tuple(window))
     if backend.pool_reason is not None:
         declined[f"{backend.name} max-pool"] = backend.pool_reason
     report(function, backend, z, declined)
@@ -63,7 +63,7 @@ def _select(function: str, z: Tensor) -> Backend:
 
 def apply_pool(z: Tensor, norm: N.Norm, window: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(maxpool(relu(norm(z))), its positions); window: kernel size, stride and padding."""
-    return _select("norm_apply", z).norm_apply_max_pool(z, norm.affine, *window)
+    return _select("norm_apply", z, window).norm_apply_max_pool(z, norm.affine, *window)
 
 
 def pool_backward(
@@ -75,12 +75,12 @@ def pool_backward(
         RuntimeError: dy is not of the pooled output's shape, dtype and device.
     """
     check_residual(dy, z.new_empty(1).expand(pooled(z, window)), "dy")
-    sum_du, sum_du_xhat = _select("norm_backward_reduce", z).norm_max_pool_backward_reduce(
+    sum_du, sum_du_xhat = _select("norm_backward_reduce", z, window).norm_max_pool_backward_reduce(
         dy, z, norm.affine, norm.rstd, index, *window
     )
     coef_z, coef_1 = N.coefficients(norm, sum_du, sum_du_xhat, N.count(z), training)
     kernel_size, stride, padding = window
-    dz = _select("norm_backward_apply", z).norm_max_pool_backward_apply(
+    dz = _select("norm_backward_apply", z, window).norm_max_pool_backward_apply(
         dy, z, norm.affine, index, kernel_size, stride, padding, coef_z, coef_1
     )
     return N.NormGradients(dz, sum_du_xhat, sum_du)

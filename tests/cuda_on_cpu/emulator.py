@@ -102,7 +102,7 @@ class Emulator:
         header = (
             *(OPS.index(name), m, c, STORAGE[dtype], aligned, self.processors),
             *(_mask_source(arguments), arguments.get("relu", False)),
-            *(arguments.get("add_after_act", False), arguments.get("n", 0)),
+            *(arguments.get("add_after_act", False), arguments.get("n", _in_double(arguments))),
             *(arguments.get("eps", 0.0), len(buffers)),
         )
         self._exchange(header, buffers)
@@ -154,6 +154,14 @@ def _mask_source(arguments: dict) -> int:
     if arguments.get("mask") is not None:
         return 3
     return 1 if arguments["y"] is None else 2
+
+
+def _in_double(arguments: dict) -> int:
+    """Bits for a mean and M2 in double."""
+    statistics = [arguments.get(name) for name in ("mean", "m2")]
+    return sum(
+        1 << i for i, t in enumerate(statistics) if t is not None and t.dtype == torch.float64
+    )
 
 
 def _in_memory(t: Tensor) -> Tensor:

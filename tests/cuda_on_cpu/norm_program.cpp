@@ -80,8 +80,16 @@ void run_call(const Header& h, const Operands& o) {
       Buffer b = scratch_of(3 * plane);
       float* const s = reinterpret_cast<float*>(b.get());
       check(norm_stats(launch, {m, c, reduction, o.at(0), s, s + plane, s + 2 * plane}));
-      return check(merge_stats(launch, {m, c, reduction.tiles, reduction.rows, s, s + plane,
-                                        s + 2 * plane, o.at<float>(1), o.at<float>(2)}));
+      // n: 1 for a mean in double, and 2 for M2
+      return check(merge_stats(launch, {m,
+                                        c,
+                                        reduction.tiles,
+                                        reduction.rows,
+                                        s,
+                                        s + plane,
+                                        s + 2 * plane,
+                                        {o.at(1), (h.n & 1) != 0},
+                                        {o.at(2), (h.n & 2) != 0}}));
     }
     case 1:
       return check(norm_prepare(launch, {c, eps, o.vector(0), o.vector(1), o.vector(2),
