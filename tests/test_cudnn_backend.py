@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import cudnn_interpreter
 import pytest
@@ -295,31 +297,105 @@ def test_explain_tells_why_its_convolutions_are_the_librarys(forced):
 
 
 def test_without_the_package_it_is_unavailable_and_nothing_imports_it(monkeypatch):
-    cudnn_graphs.missing.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert BACKEND.unavailable_reason() == "nvidia-cudnn-frontend is not installed"
-    cudnn_graphs.missing.cache_clear()
-    code = "import sys, resfast; assert 'cudnn' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    code = "import sys, resfast; resfast.backends.available(); assert 'cudnn' not in sys.modules"
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
+    assert subprocess.run([sys.executable, "-c", code], env=env, check=False).returncode == 0
 
 
-def test_a_package_that_does_not_load_or_is_too_old_says_so(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+def test_a_package_that_does_not_serve_says_why(monkeypatch):
+    monkeypatch.setattr(cudnn_graphs, "installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert BACKEND.unavailable_reason() == "no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
-    class Broken:
-        def backend_version(self):
-            raise OSError("libcudnn.so.9: not found\nmore")
+    def broken():
+        raise OSError("libcudnn.so.9: not found\nmore")
 
-    class Old:
-        def backend_version(self):
-            return 80907
-
-    for library, reason in (
-        (Broken(), "nvidia-cudnn-frontend does not load: OSError: libcudnn.so.9: not found"),
-        (Old(), "it needs cuDNN 9, there is 80907"),
-        (cudnn_interpreter, None),
+    for version, reason in (
+        (broken, "nvidia-cudnn-frontend does not load: OSError: libcudnn.so.9: not found"),
+        (lambda: 80907, "it needs cuDNN 9, there is 80907"),
+        (lambda: 90000, None),
     ):
-        cudnn_graphs.missing.cache_clear()
+        library = SimpleNamespace(backend_version=version)
         monkeypatch.setattr(cudnn_graphs, "_cudnn", lambda library=library: library)
-        assert cudnn_graphs.missing() == reason
-    cudnn_graphs.missing.cache_clear()
+        cudnn_graphs.load_error.cache_clear()
+        assert BACKEND.unavailable_reason() == reason
+    cudnn_graphs.load_error.cache_clear()
+
+
+def test_a_device_without_engines_is_declined_in_cudnns_words(monkeypatch):
+    ask = cudnn_graphs.unsupported.__wrapped__
+    cudnn_interpreter.install(monkeypatch)
+    assert ask(0, torch.bfloat16) is None
+
+    def refuse(self):
+        raise RuntimeError("no engine for sm_75\nsecond line")
+
+    monkeypatch.setattr(cudnn_interpreter.pygraph, "check_support", refuse)
+    assert ask(0, torch.bfloat16) == "cuDNN has no engine: no engine for sm_75"
+
+
+# ---- on a GPU
+
+on_a_gpu = pytest.mark.skipif(
+    BACKEND.unavailable_reason() is not None, reason=str(BACKEND.unavailable_reason())
+)
+
+
+@pytest.mark.cuda
+@on_a_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
+def test_results_and_masks_on_a_gpu_are_eagers(dtype):
+    """The bits are in the order of ``pack_mask``, as other backends read them."""
+    z, residual, dy, dy2 = (_nhwc(4, 64, 15, 9, dtype=dtype).cuda() for _ in range(4))
+    weight, bias = torch.randn(64).cuda(), torch.randn(64).cuda()
+    mask = torch.empty(4 * 15 * 9, 8, dtype=torch.uint8, device="cuda")
+    y, mean, var = BACKEND.norm_forward(z, weight, bias, 1e-5, residual, True, False, mask)
+    assert torch.equal(mask, pack_mask(y))
+    exact_mean, m2 = EAGER.norm_stats(z)
+    affine, rstd = EAGER.norm_prepare(exact_mean, m2 / (4 * 15 * 9), weight, bias, 1e-5)
+    exact = EAGER.norm_apply(z, affine, residual, None, True, False)
+    torch.testing.assert_close(y, exact)
+    torch.testing.assert_close((mean, var), (exact_mean, m2 / (4 * 15 * 9)))
+    du = torch.empty_like(z)
+    dz, *sums = BACKEND.norm_backward(dy, z, affine, rstd, y, True, None, du, dy2=dy2, mask=mask)
+    exact_du = torch.where(y > 0, dy + dy2, 0)
+    torch.testing.assert_close(du, exact_du)
+    exact_sums = EAGER.norm_backward_reduce(exact_du, z, affine, rstd, None, False, None)
+    torch.testing.assert_close(sums, list(exact_sums), rtol=1e-3, atol=1e-2)
+    coefs = EAGER.norm_coefficients(
+        affine.scale, rstd, exact_sums[0], exact_sums[1] / rstd, 4 * 15 * 9
+    )
+    exact_dz = torch.empty_like(z)
+    EAGER.norm_backward_apply(exact_du, z, affine, None, False, *coefs[1:], exact_dz, None)
+    torch.testing.assert_close(dz, exact_dz)
+
+
+@pytest.mark.cuda
+@on_a_gpu
+def test_a_captured_step_replays():
+    block = resfast.Bottleneck(64, 16).cuda().half()
+    x = _nhwc(2, 64, 8, 8, dtype=torch.float16).cuda().requires_grad_()
+
+    def step():
+        x.grad = None
+        y = block(x)
+        y.sum().backward()
+        return y, x.grad
+
+    with resfast.backend("cudnn"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            exact = [t.detach().clone() for t in step()]
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+    for _ in range(2):
+        for t in captured:
+            t.detach().zero_()
+        graph.replay()
+        torch.testing.assert_close([t.detach() for t in captured], exact)

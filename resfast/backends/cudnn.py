@@ -34,7 +34,9 @@ class CudnnBackend(LibraryPool):
     joins = True
 
     def unavailable_reason(self) -> str | None:
-        return graphs.missing() or (None if torch.cuda.is_available() else "no CUDA device")
+        if not graphs.installed():
+            return "nvidia-cudnn-frontend is not installed"
+        return graphs.load_error() if torch.cuda.is_available() else "no CUDA device"
 
     def declines(self, function: str, z: Tensor) -> str | None:
         if z.device.type != DEVICE:

@@ -27,17 +27,19 @@ Shape = tuple[int, int, int, int]
 _WHOLLY_NEW = 1.0
 
 
+def installed() -> bool:
+    """Whether the package is there; nothing of it is loaded."""
+    return importlib.util.find_spec("cudnn") is not None
+
+
 @functools.cache
-def missing() -> str | None:
-    """Why the package cannot be used, or None."""
-    if importlib.util.find_spec("cudnn") is None:
-        return "nvidia-cudnn-frontend is not installed"
+def load_error() -> str | None:
+    """Why it does not serve, or None."""
     try:
         version = _cudnn().backend_version()
     except Exception as error:
-        return f"nvidia-cudnn-frontend does not load: {type(error).__name__}: {error}".splitlines()[
-            0
-        ]
+        text = f"nvidia-cudnn-frontend does not load: {type(error).__name__}: {error}"
+        return text.splitlines()[0]
     return None if version >= 90000 else f"it needs cuDNN 9, there is {version}"
 
 
