@@ -145,7 +145,7 @@ def test_norm_backward_apply_over_its_gradient(forced, source, training, with_du
     affine, _ = _affine(16)
     coefs = (torch.randn(16), torch.randn(16)) if training else (None, None)
     arguments = (z, affine, y if source == "y" else None, source != "none", *coefs)
-    exact_dz, exact_du, du = (torch.empty_like(z) for _ in range(3))
+    exact_dz, exact_du, du = (torch.full_like(z, torch.nan) for _ in range(3))
     EAGER.norm_backward_apply(dy, *arguments, exact_dz, exact_du)
     BACKEND.norm_backward_apply(dy, *arguments, dy, du if with_du else None)
     torch.testing.assert_close(dy, exact_dz, rtol=1e-5, atol=1e-5)
@@ -157,7 +157,7 @@ def test_norm_backward_apply_over_its_gradient(forced, source, training, with_du
 def test_a_block_end_of_two_norms(forced, bits):
     z, z2, dy, dy2, y = (_nhwc(3, 16, 5, 4) for _ in range(5))
     mean, mean2, scale = (torch.randn(16) for _ in range(3))
-    du = torch.empty_like(z)
+    du = torch.full_like(z, torch.nan)
     end = Below(z, Affine(mean, scale, scale), pack_mask(y) if bits else None, z2, mean2)
     sums = BACKEND.norm_join_reduce(dy, dy2, y, end, du)
     exact = torch.where(y > 0, dy + dy2, 0)
