@@ -118,12 +118,12 @@ class _Convolution:
         if self.affine is not None:
             types = {torch.float32: d.float, self.dtype: d.stored}
             mean, scale, beta = (
-                d._operand(name, (1, 64, 1, 1), types[self.affine]) for name in "msb"
+                d.operand(name, (1, 64, 1, 1), types[self.affine]) for name in "msb"
             )
             if self.centred:
                 x = g.sub(a=x, b=mean)
             x = g.relu(input=g.bias(input=g.scale(input=x, scale=scale), bias=beta))
-        weight = d._operand("w", (64, 64, 3, 3), d.stored)
+        weight = d.operand("w", (64, 64, 3, 3), d.stored)
         z = g.conv_fprop(image=x, weight=weight, padding=[1, 1], stride=[1, 1], dilation=[1, 1])
         d.output("z", z, d.stored)
         for name, v in zip(("sum", "squares"), g.genstats(input=z), strict=True):

@@ -73,7 +73,7 @@ class Drawing:
             **options,
         )
 
-    def _operand(self, name: str, shape: Shape, data_type: Any, by_value: bool = False) -> Any:
+    def operand(self, name: str, shape: Shape, data_type: Any, by_value: bool = False) -> Any:
         _, c, h, w = shape
         self.operands[name] = self.graph.tensor(
             name=name,
@@ -85,18 +85,18 @@ class Drawing:
         return self.operands[name]
 
     def activation(self, name: str) -> Any:
-        return self._operand(name, self.shape, self.stored)
+        return self.operand(name, self.shape, self.stored)
 
     def mask(self, name: str) -> Any:
         """One bit a value, in the order of memory."""
-        return self._operand(name, self.shape, self.bits)
+        return self.operand(name, self.shape, self.bits)
 
     def vector(self, name: str) -> Any:
-        return self._operand(name, (1, self.shape[1], 1, 1), self.float)
+        return self.operand(name, (1, self.shape[1], 1, 1), self.float)
 
     def scalar(self, name: str) -> Any:
         """A float on the host."""
-        return self._operand(name, (1, 1, 1, 1), self.float, by_value=True)
+        return self.operand(name, (1, 1, 1, 1), self.float, by_value=True)
 
     def output(self, name: str, tensor: Any, data_type: Any) -> None:
         tensor.set_output(True).set_data_type(data_type)
