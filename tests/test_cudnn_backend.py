@@ -292,6 +292,7 @@ def test_explain_tells_why_its_convolutions_are_the_librarys(forced):
         dtype: BACKEND.fusing_declines("conv_fprop", torch.empty(1, dtype=dtype), None, None)
         for dtype in (torch.float16, torch.bfloat16)
     }
+    assert reasons[torch.bfloat16] == "cuDNN fuses norms into fp16 convolutions only"
     report = resfast.explain(block, _nhwc(2, 8, 4, 4, dtype=torch.float16))
     assert reasons[torch.float16] in str(report)
 
