@@ -350,6 +350,7 @@ on_a_gpu = pytest.mark.skipif(
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
 def test_results_and_masks_on_a_gpu_are_eagers(dtype):
     """The bits are in the order of ``pack_mask``, as other backends read them."""
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
     z, residual, dy, dy2 = (_nhwc(4, 64, 15, 9, dtype=dtype).cuda() for _ in range(4))
     weight, bias = torch.randn(64).cuda(), torch.randn(64).cuda()
     mask = torch.empty(4 * 15 * 9, 8, dtype=torch.uint8, device="cuda")
@@ -358,8 +359,8 @@ def test_results_and_masks_on_a_gpu_are_eagers(dtype):
     exact_mean, m2 = EAGER.norm_stats(z)
     affine, rstd = EAGER.norm_prepare(exact_mean, m2 / (4 * 15 * 9), weight, bias, 1e-5)
     exact = EAGER.norm_apply(z, affine, residual, None, True, False)
-    torch.testing.assert_close(y, exact)
-    torch.testing.assert_close((mean, var), (exact_mean, m2 / (4 * 15 * 9)))
+    torch.testing.assert_close(y, exact, **close)
+    torch.testing.assert_close((mean, var), (exact_mean, m2 / (4 * 15 * 9)), rtol=1e-4, atol=1e-5)
     du = torch.empty_like(z)
     dz, *sums = BACKEND.norm_backward(dy, z, affine, rstd, y, True, None, du, dy2=dy2, mask=mask)
     exact_du = torch.where(y > 0, dy + dy2, 0)
@@ -371,7 +372,7 @@ def test_results_and_masks_on_a_gpu_are_eagers(dtype):
     )
     exact_dz = torch.empty_like(z)
     EAGER.norm_backward_apply(exact_du, z, affine, None, False, *coefs[1:], exact_dz, None)
-    torch.testing.assert_close(dz, exact_dz)
+    torch.testing.assert_close(dz, exact_dz, **close)
 
 
 @pytest.mark.cuda
