@@ -45,7 +45,7 @@ QUICK_TESTS = (
 # Tuning takes minutes and a record is written when all its peers are done: a race of its own.
 PEERS = (
     *("eager-nhwc", "eager-nchw", "compile", "compile-freezing", "cuda-graph", "cudnn-fused"),
-    *("apex", "memory-efficient", "optimized"),
+    *("cudnn-norms", "apex", "memory-efficient", "optimized"),
 )
 TUNED_PEERS = ("eager-nhwc", "compile-autotune")
 PEER_SECONDS = 6
@@ -92,6 +92,8 @@ for dtype, step in ((torch.float32, "c+"), (torch.bfloat16, "c"), (torch.bfloat1
 """
 # every op once more: by the CUDA C++ kernels, which come after Triton's where nothing is forced
 CUDA_CPP = {"RESFAST_BACKEND": "cuda"}
+# and through cuDNN's graphs: whether they are given the memory that they take
+CUDNN = {"RESFAST_BACKEND": "cudnn"}
 # small tensors: measuring tiles for them would take the stage's time
 UNTUNED = {"RESFAST_TUNE": "never"}
 
@@ -299,10 +301,16 @@ def sanitize(options: Options) -> list[Job]:
         raise NotRun("compute-sanitizer is not installed")
     program = [sys.executable, "-c", EVERY_OP, options.device]
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **UNTUNED}
-    return [
-        Job(name, [sanitizer, "--tool", tool, "--error-exitcode", "9", *program], env=env | forced)
+    runs = [
+        (name, tool, forced)
         for tool in ("memcheck", "racecheck")
         for name, forced in ((tool, {}), (f"{tool}-cuda", CUDA_CPP))
+    ]
+    if importlib.util.find_spec("cudnn") is not None:
+        runs.append(("memcheck-cudnn", "memcheck", CUDNN))
+    return [
+        Job(name, [sanitizer, "--tool", tool, "--error-exitcode", "9", *program], env=env | forced)
+        for name, tool, forced in runs
     ]
 
 

@@ -6,11 +6,13 @@ import json
 import math
 import shutil
 
+import cudnn_interpreter
 import pytest
 import torch
 from torch import nn
 
 import resfast
+from resfast.backends import select
 from resfast.benchmark import floor, memory, report, run
 from resfast.benchmark.peers import OURS, PEERS
 from resfast.benchmark.timing import MAX_ROUNDS, MIN_ROUNDS, WallTimer, bootstrap_interval, race
@@ -173,6 +175,21 @@ def test_every_peer_that_can_run_here_computes_the_same(name):
     assert {row["peer"] for row in record["rows"]} == {OURS, name}
 
 
+def test_the_peer_on_cudnns_norms_forces_them_for_its_steps_alone(monkeypatch):
+    cudnn_interpreter.install(monkeypatch)
+    work = Work("resnet18", batch=2, training=True, image=32)
+    assert PEERS["cudnn-norms"].why_not(work) is None
+    model = work.build()
+    contenders = [PEERS[name].build(work, model) for name in ("cudnn-norms", OURS)]
+    ran = []
+    with select.listen(lambda choice: ran.append(choice.backend)):
+        for call in (contenders[0].step, contenders[0].results):
+            call()
+            assert set(ran) == {"cudnn"}
+        contenders[1].step()
+    assert ran[-1] != "cudnn"
+
+
 def test_compiled_peers_of_one_model_run_code_of_their_own(monkeypatch):
     """Dynamo would hand the second module the first one's code: freezing would then not freeze."""
     from torch._dynamo.utils import counters
@@ -191,6 +208,8 @@ def test_peers_say_why_they_cannot_run():
     assert PEERS["openvino"].why_not(Work("resnet18", 1, training=True))
     assert PEERS["cuda-graph"].why_not(SMALL) == "needs CUDA"
     assert PEERS["apex"].why_not(Work("resnet18", 1, training=True)) == "trains in float16"
+    assert PEERS["cudnn-norms"].why_not(SMALL) == "for training"
+    assert PEERS["cudnn-norms"].why_not(Work("resnet18", 1, training=True))
     assert PEERS["compile-freezing"].why_not(Work("resnet18", 1, training=True))
 
 

@@ -226,7 +226,7 @@ def test_the_library_loads_without_a_driver():
 
 def test_triton_comes_first_and_then_these_kernels(monkeypatch):
     """No order has been measured; Triton also fuses norms into convolutions."""
-    assert select.names() == ("cpu", "triton", "cuda", "eager")
+    assert select.names() == ("cpu", "triton", "cuda", "cudnn", "eager")
     backend = select._BACKENDS["cuda"]
     monkeypatch.setattr(select, "_forced", None)
     for name in ("cpu", "triton"):

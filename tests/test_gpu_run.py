@@ -333,3 +333,15 @@ def test_races_of_fusion_steps_share_the_measured_tiles(gpu_run, tmp_path):
     (tmp_path / "tiles-gpu.json").write_text("{}")
     with pytest.raises(gpu_run.NotRun, match="tiles already"):
         gpu_run.tiles(gpu_run.Options(tmp_path, resume=True))
+
+
+def test_memory_is_checked_through_cudnn_where_its_package_is(gpu_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_run.shutil, "which", lambda *arguments, **options: "sanitizer")
+    for found in (None, object()):
+        monkeypatch.setattr(gpu_run.importlib.util, "find_spec", lambda name, found=found: found)
+        forced = {
+            job.name: job.env.get("RESFAST_BACKEND")
+            for job in gpu_run.sanitize(gpu_run.Options(tmp_path))
+        }
+        assert forced.pop("memcheck-cudnn", None) == ("cudnn" if found else None)
+        assert set(forced.values()) == {None, "cuda"}

@@ -8,13 +8,12 @@ from torch import Tensor
 from resfast import native
 from resfast.backends.interface import (
     Affine,
-    Backend,
     Below,
     NormGradient,
     empty_nhwc,
     nhwc,
 )
-from resfast.backends.library_pool import max_pool, unpool
+from resfast.backends.library_pool import LibraryPool
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # pixels that one block holds on chip, kHeldPixels in csrc/cuda/tiling.h
@@ -22,10 +21,9 @@ HELD_PIXELS = 1024
 _native = torch.ops.resfast
 
 
-class CudaBackend(Backend):
+class CudaBackend(LibraryPool):
     name = "cuda"
     joins = True
-    pool_reason = "it has no kernel: the norm's, then PyTorch's max-pool"
 
     def unavailable_reason(self) -> str | None:
         library = native.cuda_library()
@@ -227,46 +225,6 @@ class CudaBackend(Backend):
             *(dz, du, activation, sum_du, sum_du_xhat),
         )
         return dz, sum_du, sum_du_xhat
-
-    # ---- the stem's max-pool: the library's, beside the norm's kernels
-
-    def norm_apply_max_pool(
-        self, z: Tensor, affine: Affine, kernel: int, stride: int, padding: int
-    ) -> tuple[Tensor, Tensor]:
-        a = self.norm_apply(z, affine, None, None, True, False)
-        y, index = max_pool(a, kernel, stride, padding)
-        return nhwc(y), nhwc(index)
-
-    def norm_max_pool_backward_reduce(
-        self,
-        dy: Tensor,
-        z: Tensor,
-        affine: Affine,
-        rstd: Tensor,
-        index: Tensor,
-        kernel: int,
-        stride: int,
-        padding: int,
-    ) -> tuple[Tensor, Tensor]:
-        da = unpool(dy, z, index, kernel, stride, padding).to(z.dtype)
-        return self.norm_backward_reduce(da, z, affine, rstd, None, True, None)
-
-    def norm_max_pool_backward_apply(
-        self,
-        dy: Tensor,
-        z: Tensor,
-        affine: Affine,
-        index: Tensor,
-        kernel: int,
-        stride: int,
-        padding: int,
-        coef_z: Tensor | None,
-        coef_1: Tensor | None,
-    ) -> Tensor:
-        da = unpool(dy, z, index, kernel, stride, padding).to(z.dtype)
-        dz = empty_nhwc(z.shape, z)
-        self.norm_backward_apply(da, z, affine, None, True, coef_z, coef_1, dz, None)
-        return dz
 
 
 def _vector(v: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfast.backends.interface import acc_dtype
+from resfast.backends.interface import Affine, Backend, acc_dtype, empty_nhwc, nhwc
 
 
 def max_pool(a: Tensor, kernel: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
@@ -36,3 +36,47 @@ def _corners(y: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor]:
     """First row ``[P, 1]`` and column ``[Q]`` of each window."""
     p = torch.arange(y.shape[2], device=y.device).view(-1, 1) * stride - padding
     return p, torch.arange(y.shape[3], device=y.device) * stride - padding
+
+
+class LibraryPool(Backend):
+    """The stem's max-pool by the library, beside a backend's own norm."""
+
+    pool_reason = "it has no kernel: the norm's, then PyTorch's max-pool"
+
+    def norm_apply_max_pool(
+        self, z: Tensor, affine: Affine, kernel: int, stride: int, padding: int
+    ) -> tuple[Tensor, Tensor]:
+        a = self.norm_apply(z, affine, None, None, True, False)
+        y, index = max_pool(a, kernel, stride, padding)
+        return nhwc(y), nhwc(index)
+
+    def norm_max_pool_backward_reduce(
+        self,
+        dy: Tensor,
+        z: Tensor,
+        affine: Affine,
+        rstd: Tensor,
+        index: Tensor,
+        kernel: int,
+        stride: int,
+        padding: int,
+    ) -> tuple[Tensor, Tensor]:
+        da = unpool(dy, z, index, kernel, stride, padding).to(z.dtype)
+        return self.norm_backward_reduce(da, z, affine, rstd, None, True, None)
+
+    def norm_max_pool_backward_apply(
+        self,
+        dy: Tensor,
+        z: Tensor,
+        affine: Affine,
+        index: Tensor,
+        kernel: int,
+        stride: int,
+        padding: int,
+        coef_z: Tensor | None,
+        coef_1: Tensor | None,
+    ) -> Tensor:
+        da = unpool(dy, z, index, kernel, stride, padding).to(z.dtype)
+        dz = empty_nhwc(z.shape, z)
+        self.norm_backward_apply(da, z, affine, None, True, coef_z, coef_1, dz, None)
+        return dz

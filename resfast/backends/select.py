@@ -13,14 +13,17 @@ from torch import Tensor
 from resfast.backends import norm_race
 from resfast.backends.cpu import CpuBackend
 from resfast.backends.cuda import CudaBackend
+from resfast.backends.cudnn import CudnnBackend
 from resfast.backends.eager import EagerBackend
 from resfast.backends.interface import Backend
 from resfast.backends.triton import TritonBackend
 
 # in order of preference; the last one takes everything. Triton fuses norms into convolutions, which
-# the CUDA kernels do not; where those were measured to run a norm faster, they come first.
+# the CUDA kernels and cuDNN's graphs do not; where the former were measured to run a norm faster,
+# they come first.
 _BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (CpuBackend(), TritonBackend(), CudaBackend(), EagerBackend())
+    b.name: b
+    for b in (CpuBackend(), TritonBackend(), CudaBackend(), CudnnBackend(), EagerBackend())
 }
 _forced: str | None = None
 
@@ -57,7 +60,7 @@ def available(
         reason = candidate.unavailable_reason()
         if reason is None and device is not None:
             reason = candidate.declines(
-                "norm_stats", torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
+                "norm_stats", torch.empty(1, 8, 1, 1, device=device, dtype=dtype)
             )
         rows.append((name, reason is None, reason or ""))
     return rows
@@ -131,7 +134,7 @@ def chains(z: Tensor) -> bool:
 
     Told from the device alone, so that a compiler can trace it: a choice of layout, not of results.
     """
-    return _forced in ("triton", "cuda") if _forced else z.device.type == "cuda"
+    return _forced in ("triton", "cuda", "cudnn") if _forced else z.device.type == "cuda"
 
 
 @contextlib.contextmanager

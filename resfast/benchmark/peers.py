@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import io
@@ -19,6 +20,7 @@ from torch._inductor import config as inductor
 import resfast
 from resfast.benchmark import apex
 from resfast.benchmark.work import JUDGED_IMAGES, Batch, Contender, Results, Work, in_format
+from resfast.diagnostics.numerics import DTYPES
 
 OURS = "resfast"
 
@@ -152,6 +154,15 @@ def _cudnn_fused(work: Work, model: nn.Module) -> Contender:
     return work.contender(frozen, stock, batches)
 
 
+def _cudnn_norms(work: Work, model: nn.Module) -> Contender:
+    """resfast's schedule on cuDNN's own fusions of norm, addition and ReLU."""
+    contender = work.contender(model, model, work.batches())
+    forced = resfast.backend("cudnn")
+    return dataclasses.replace(
+        contender, step=forced(contender.step), results=forced(contender.results)
+    )
+
+
 def _apex(work: Work, model: nn.Module) -> Contender:
     other = apex.replace_blocks(_stock(model))
     return work.contender(other, other, work.batches())
@@ -235,6 +246,13 @@ def _compiler_reason(work: Work) -> str | None:
     return None if shutil.which("g++") or shutil.which("clang++") else "needs a C++ compiler"
 
 
+def _cudnn_norms_reason(work: Work) -> str | None:
+    if not work.training:
+        return "for training"
+    backends = resfast.backends.available(work.device, DTYPES[work.dtype])
+    return next(reason for name, _, reason in backends if name == "cudnn") or None
+
+
 def _apex_reason(work: Work) -> str | None:
     if not work.training or work.dtype != "float16":
         return "trains in float16"
@@ -295,6 +313,7 @@ PEERS = {
             _cudnn_fused,
             lambda work: _inference_only(work) or _cuda_only(work),
         ),
+        Peer("cudnn-norms", "cuDNN norm+add+ReLU", _cudnn_norms, _cudnn_norms_reason),
         Peer("apex", "apex group BN", _apex, _apex_reason),
     )
 }
