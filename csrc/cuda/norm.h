@@ -41,7 +41,7 @@ const char* norm_stats(const Launch& launch, const NormStats& arguments);
 struct MergeStats {
   int64_t m, c, tiles, rows;  // rows per tile
   const float* mean;          // [tiles, c] each
-  const float* rest;
+  const float* rest;          // optional
   const float* m2;
   float* out_mean;
   float* out_m2;

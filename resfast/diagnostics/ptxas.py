@@ -45,7 +45,8 @@ def compile_source(nvcc: str, source: Path, architectures: Sequence[str]) -> str
     command = [nvcc, "-std=c++17", "-O3", f"-I{CSRC}", "-Xptxas", "-v", "-c", str(source)]
     command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     # facts of a build, of no consequence here
-    command += ['-DRESFAST_CUDA_ARCHS=""', '-DRESFAST_NVCC_VERSION=""']
+    facts = ("CUDA_ARCHS", "NVCC_VERSION", "CUTLASS_KEY", "CUTLASS_VALUE")
+    command += [f'-DRESFAST_{fact}=""' for fact in facts]
     with tempfile.TemporaryDirectory() as folder:
         command += ["-o", os.path.join(folder, "object.o")]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr

@@ -1,0 +1,63 @@
+// What a convolution does with its accumulators, one value or one column at a time, host and
+// device.
+#pragma once
+
+#include "math.h"
+
+namespace resfast::cuda {
+
+// Where the ReLU is: nowhere, before the residual, or last.
+struct Finish {
+  bool relu, add_after_act;
+};
+
+template <class V>
+RESFAST_HD V finish(V z, V mean, V scale, V beta, Finish f) {
+  const V u = affine(z, mean, scale, beta);
+  return f.relu ? relu(u) : u;
+}
+
+template <class V>
+RESFAST_HD V finish(V z, V mean, V scale, V beta, V residual, Finish f) {
+  V u = affine(z, mean, scale, beta);
+  if (f.relu && f.add_after_act) u = relu(u);
+  u += residual;
+  return f.relu && !f.add_after_act ? relu(u) : u;
+}
+
+// Mean and M2 of the first `count` of a column's values, 0 of none. The first mean is only a pilot,
+// so its rounding does no harm.
+template <int kRows, class V>
+RESFAST_HD void column_moments(const V (&z)[kRows], int count, V& mean, V& m2) {
+  mean = m2 = V{};
+  if (count <= 0) return;
+  const V n = static_cast<V>(count < kRows ? count : kRows);
+  V sum{};
+  for (int i = 0; i < kRows; ++i) sum += i < count ? z[i] : V{};
+  mean = sum / n;
+  V left{};
+  for (int i = 0; i < kRows; ++i) {
+    const V delta = i < count ? z[i] - mean : V{};
+    left += delta;
+    m2 += delta * delta;
+  }
+  mean += left / n;
+  m2 -= left * left / n;
+}
+
+// The moments of `kGroups` columns of kRows values under each other, of which `count` are there.
+template <int kRows, int kGroups, class V>
+RESFAST_HD void join_columns(const V (&means)[kGroups], const V (&m2s)[kGroups], int count, V& mean,
+                             V& m2) {
+  mean = means[0];
+  m2 = m2s[0];
+  for (int group = 1; group < kGroups; ++group) {
+    const int before = group * kRows;
+    const int more = count - before < kRows ? count - before : kRows;
+    if (more <= 0) return;
+    merge_moments(mean, m2, static_cast<V>(before), means[group], m2s[group],
+                  static_cast<V>(more) / static_cast<V>(before + more));
+  }
+}
+
+}  // namespace resfast::cuda
