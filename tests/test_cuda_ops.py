@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import needs
 import pytest
@@ -279,16 +280,24 @@ ptxas info    : Used 255 registers, used 0 barriers
 
 def test_ptxas_report_is_read():
     rows = ptxas.parse(REPORT)
-    assert rows == [("90a", "_ZN4goodEv", 40, 0, 512), ("80", "_ZN3badEv", 255, 20, 0)]
+    assert rows == [
+        ("90a", "_ZN4goodEv", 40, 0, 512, False),
+        ("80", "_ZN3badEv", 255, 20, 0, False),
+    ]
     with pytest.raises(ValueError, match="does not say"):
         ptxas.parse(REPORT.replace("Used 255 registers", ""))
 
 
-@pytest.mark.parametrize(
-    ("report", "status"),
-    [(REPORT, 1), (REPORT.split("ptxas info    : Compiling entry function '_ZN3bad")[0], 0)],
+GOOD = REPORT.split("ptxas info    : Compiling entry function '_ZN3bad")[0]
+SERIAL = (
+    "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are "
+    "serialized due to wgmma pipeline crossing function boundary at a function call in the "
+    "function '_ZN4goodEv'\n"
 )
-def test_a_spill_is_a_failure(monkeypatch, capsys, report, status):
+
+
+@pytest.mark.parametrize(("report", "status"), [(REPORT, 1), (GOOD, 0), (SERIAL + GOOD, 1)])
+def test_a_spill_is_a_failure_and_so_are_serial_products(monkeypatch, capsys, report, status):
     monkeypatch.setattr(ptxas, "find_nvcc", lambda: "nvcc")
     monkeypatch.setattr(ptxas, "compile_source", lambda *arguments: report)
     assert ptxas.main(["--only", "device"]) == status
@@ -299,6 +308,40 @@ def test_without_nvcc_the_table_is_skipped(monkeypatch, capsys):
     monkeypatch.setattr(ptxas, "find_nvcc", lambda: None)
     assert ptxas.main([]) == 0
     assert "skipped: no nvcc" in capsys.readouterr().out
+
+
+def test_without_cutlass_its_table_is_skipped(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(ptxas, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setenv("RESFAST_CUTLASS_DIR", str(tmp_path))
+    assert ptxas.main(["--cutlass"]) == 0
+    assert "skipped: no CUTLASS headers" in capsys.readouterr().out
+
+
+def test_cutlass_kernels_are_compiled_with_its_headers_and_named(monkeypatch, capsys, tmp_path):
+    (tmp_path / "include" / "cutlass").mkdir(parents=True)
+    (tmp_path / "include" / "cutlass" / "cutlass.h").touch()
+    monkeypatch.setattr(ptxas, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setenv("RESFAST_CUTLASS_DIR", str(tmp_path))
+    seen = []
+
+    def compile_source(nvcc, source, architectures, flags):
+        seen.append((source.name, architectures, str(tmp_path / "include") in flags))
+        return GOOD
+
+    name = (
+        "void cutlass::device_kernel<cutlass::conv::kernel::ConvUniversal<MainloopSm90TmaGmmaWarp"
+        "SpecializedImplicitGemm<cute::tuple<cute::C<1>, cute::C<1>, cute::C<1> > >, "
+        "cute::tuple<cute::C<128>, cute::C<64>, cute::tuple<cute::C<64> > >, cutlass::bfloat16_t, "
+        "Sm90SrcFetch<cutlass::bfloat16_t> > >(Params)"
+    )
+    monkeypatch.setattr(ptxas, "compile_source", compile_source)
+    done = SimpleNamespace(stdout=f"{name}\n{name.replace('Sm90SrcFetch', 'TileStatistics')}\n")
+    monkeypatch.setattr(ptxas.subprocess, "run", lambda *a, **k: done)
+    assert ptxas.main(["--cutlass"]) == 0
+    assert seen == [(f"{stem}.cu", ["90a"], True) for stem in ("implicit_gemm", "product")]
+    out = capsys.readouterr().out
+    assert "implicit_gemm_affine<bf16, 128, 64, residual>" in out
+    assert "implicit_gemm_stats<bf16, 128, 64>" in out
 
 
 @pytest.mark.skipif(ptxas.find_nvcc() is None, reason="no nvcc")

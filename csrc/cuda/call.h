@@ -40,6 +40,12 @@ inline bool is_aligned(std::initializer_list<Argument> activations) {
   return true;
 }
 
+inline cuda::Storage storage_of(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Float      ? cuda::Storage::f32
+         : t.scalar_type() == ScalarType::BFloat16 ? cuda::Storage::bf16
+                                                   : cuda::Storage::f16;
+}
+
 // The activation's sizes, and the device for as long as the op runs.
 struct Call {
   const char* op;
@@ -56,10 +62,7 @@ struct Call {
         element_size(static_cast<int64_t>(z.element_size())),
         device(z.get_device_index()),
         guard(device),
-        launch{z.scalar_type() == ScalarType::Float      ? cuda::Storage::f32
-               : z.scalar_type() == ScalarType::BFloat16 ? cuda::Storage::bf16
-                                                         : cuda::Storage::f16,
-               current_stream(device)} {}
+        launch{storage_of(z), current_stream(device)} {}
 
   void check(const char* error) const {
     STD_TORCH_CHECK(!error, op, ": CUDA kernel launch failed: ", error);

@@ -26,11 +26,11 @@ const char* conv_stats(const Launch& launch, const ConvStats& a) {
 }
 #else
 constexpr const char* kNotBuilt = "this build has no CUTLASS kernels";
-const char* conv_affine(const Launch&, const ConvAffine&) {
-  return kNotBuilt;
+const char* conv_affine(const Launch&, const ConvAffine& a) {
+  return a.processors ? kNotBuilt : nullptr;
 }
-const char* conv_stats(const Launch&, const ConvStats&) {
-  return kNotBuilt;
+const char* conv_stats(const Launch&, const ConvStats& a) {
+  return a.processors ? kNotBuilt : nullptr;
 }
 #endif
 
@@ -44,6 +44,10 @@ using cuda::ConvTile;
 struct Window {
   int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
 };
+
+void check_taken(const char* refusal, const Tensor& x, const Tensor& weight) {
+  STD_TORCH_CHECK(!refusal, refusal, ", got x ", shape_of(x), ", weight ", shape_of(weight));
+}
 
 // A convolution's operands and result, of whatever dtype the kernels take.
 ConvShape check_convolution(const Tensor& x, const Tensor& weight, const Window& at,
@@ -84,8 +88,7 @@ ConvShape check_convolution(const Tensor& x, const Tensor& weight, const Window&
                   torch::headeronly::toString(x.scalar_type()), "), got ",
                   torch::headeronly::toString(out.scalar_type()));
   check_nhwc(out, out_name);
-  const char* reason = cuda::conv_unsupported(shape);
-  STD_TORCH_CHECK(!reason, reason, ", got x ", shape_of(x), ", weight ", shape_of(weight));
+  check_taken(cuda::conv_unsupported(shape), x, weight);
   STD_TORCH_CHECK(cuda::is_conv_tile(tile), "there is no tile of ", tile.m, " by ", tile.n);
   return shape;
 }
@@ -114,13 +117,24 @@ void conv_affine(const Tensor& x, const Tensor& weight, const Tensor& mean, cons
                                 {"mean", mean, Access::whole},
                                 {"scale", scale, Access::whole},
                                 {"beta", beta, Access::whole}});
+  cuda::ConvAffine arguments{shape,
+                             tile,
+                             0,
+                             pointer<void>(x),
+                             pointer<void>(weight),
+                             affine_of(mean, scale, beta),
+                             pointer<void>(residual),
+                             relu,
+                             add_after_act,
+                             pointer<void>(out)};
+  if (out.numel() != 0) {
+    check_taken(cuda::conv_affine({storage_of(x), nullptr}, arguments), x, weight);
+  }
   check_cuda(x, "x");
   if (out.numel() == 0) return;
   const Call call("cuda_conv_affine", out);
-  call.check(cuda::conv_affine(
-      call.launch, {shape, tile, call.processors(), pointer<void>(x), pointer<void>(weight),
-                    affine_of(mean, scale, beta), pointer<void>(residual), relu, add_after_act,
-                    pointer<void>(out)}));
+  arguments.processors = call.processors();
+  call.check(cuda::conv_affine(call.launch, arguments));
 }
 
 void conv_stats(const Tensor& x, const Tensor& weight, int64_t stride_h, int64_t stride_w,
@@ -135,6 +149,11 @@ void conv_stats(const Tensor& x, const Tensor& weight, int64_t stride_h, int64_t
   check_alignment({{"x", x}, {"weight", weight}, {"z", z}});
   check_memory({{"z", z}, {"mean", mean, Access::whole}, {"m2", m2, Access::whole}},
                {{"x", x, Access::whole}, {"weight", weight, Access::whole}});
+  cuda::ConvStats arguments{
+      shape, tile, 0, pointer<void>(x), pointer<void>(weight), pointer<void>(z), nullptr, nullptr};
+  if (z.numel() != 0) {
+    check_taken(cuda::conv_stats({storage_of(x), nullptr}, arguments), x, weight);
+  }
   check_cuda(x, "x");
   if (z.numel() == 0) {
     torch::stable::fill_(mean, 0);
@@ -144,14 +163,13 @@ void conv_stats(const Tensor& x, const Tensor& weight, int64_t stride_h, int64_t
   const Call call("cuda_conv_stats", z);
   const int64_t tiles = (call.m + cuda::kConvStatsRows - 1) / cuda::kConvStatsRows;
   const Tensor scratch = float_scratch(z, {2, tiles, call.c});
-  float* const tile_mean = pointer<float>(scratch);
-  float* const tile_m2 = tile_mean + tiles * call.c;
-  call.check(
-      cuda::conv_stats(call.launch, {shape, tile, call.processors(), pointer<void>(x),
-                                     pointer<void>(weight), pointer<void>(z), tile_mean, tile_m2}));
-  call.check(
-      cuda::merge_stats(call.launch, {call.m, call.c, tiles, cuda::kConvStatsRows, tile_mean,
-                                      nullptr, tile_m2, pointer<float>(mean), pointer<float>(m2)}));
+  arguments.processors = call.processors();
+  arguments.mean = pointer<float>(scratch);
+  arguments.m2 = arguments.mean + tiles * call.c;
+  call.check(cuda::conv_stats(call.launch, arguments));
+  call.check(cuda::merge_stats(
+      call.launch, {call.m, call.c, tiles, cuda::kConvStatsRows, arguments.mean, nullptr,
+                    arguments.m2, pointer<float>(mean), pointer<float>(m2)}));
 }
 
 }  // namespace

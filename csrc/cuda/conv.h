@@ -66,7 +66,7 @@ inline bool is_conv_tile(const ConvTile& tile) {
 struct ConvAffine {
   ConvShape shape;
   ConvTile tile;
-  int processors;
+  int processors;  // 0: launch nothing, only say whether CUTLASS takes the size
   const void* x;
   const void* weight;
   Affine affine;

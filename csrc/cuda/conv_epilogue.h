@@ -25,6 +25,13 @@ RESFAST_HD V finish(V z, V mean, V scale, V beta, V residual, Finish f) {
   return f.relu && !f.add_after_act ? relu(u) : u;
 }
 
+// Columns of a tile that statistics are taken of, and where a value of it waits for that, so that 8
+// rows of 4 pairs, as a warp's threads have them, lie in 32 banks, and so does every row.
+inline constexpr int kStagedColumns = 32;
+RESFAST_HD int staged(int row, int column) {
+  return row * kStagedColumns + (column ^ ((row >> 1 & 3) << 3));
+}
+
 // Mean and M2 of the first `count` of a column's values, 0 of none. The first mean is only a pilot,
 // so its rounding does no harm.
 template <int kRows, class V>

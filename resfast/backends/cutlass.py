@@ -63,6 +63,8 @@ def size_declines(x: Tensor, weight: Tensor, g: ConvGeometry) -> str | None:
         return f"no kernel for {x.dtype}"
     if weight.dtype != x.dtype:
         return f"input {x.dtype}, weight {weight.dtype}"
+    if x.numel() == 0:
+        return "an empty batch"
     if g.groups != 1:
         return f"{g.groups} groups"
     if c < 8 or c % 8 or k % 8:

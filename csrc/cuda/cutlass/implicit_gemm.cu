@@ -13,12 +13,12 @@ const char* implicit_gemm_affine(const Launch& launch, const ConvAffine& a) {
     const float *mean = a.affine.mean, *scale = a.affine.scale, *beta = a.affine.beta;
     if (a.residual) {
       using Op = ImplicitGemm<T, T, decltype(m), decltype(n), AffineTree<T, true, Tile>>;
-      return Op::run(a.shape, a.x, a.weight, a.residual, a.y,
+      return Op::run(a.shape, a.processors, a.x, a.weight, a.residual, a.y,
                      {{}, {mean}, {scale}, {beta}, {}, finish}, launch.stream);
     }
     using Op = ImplicitGemm<T, void, decltype(m), decltype(n), AffineTree<T, false, Tile>>;
-    return Op::run(a.shape, a.x, a.weight, nullptr, a.y, {{}, {mean}, {scale}, {beta}, finish},
-                   launch.stream);
+    return Op::run(a.shape, a.processors, a.x, a.weight, nullptr, a.y,
+                   {{}, {mean}, {scale}, {beta}, finish}, launch.stream);
   });
 }
 
@@ -27,7 +27,8 @@ const char* implicit_gemm_stats(const Launch& launch, const ConvStats& a) {
     using T = decltype(element);
     using Tree = StatisticsTree<T, kConvStatsRows>;
     using Op = ImplicitGemm<T, void, decltype(m), decltype(n), Tree>;
-    return Op::run(a.shape, a.x, a.weight, nullptr, a.z, {{}, {a.mean, a.m2}}, launch.stream);
+    return Op::run(a.shape, a.processors, a.x, a.weight, nullptr, a.z, {{}, {a.mean, a.m2}},
+                   launch.stream);
   });
 }
 

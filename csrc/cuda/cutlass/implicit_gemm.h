@@ -55,7 +55,7 @@ struct ImplicitGemm {
   }
 
   // `thread`: the tree's arguments.
-  static const char* run(const ConvShape& shape, const void* x, const void* weight,
+  static const char* run(const ConvShape& shape, int processors, const void* x, const void* weight,
                          const void* source, void* out,
                          const typename Epilogue::FusionCallbacks::Arguments& thread,
                          void* stream) {
@@ -68,7 +68,7 @@ struct ImplicitGemm {
         p,
         {static_cast<const T*>(x), static_cast<const T*>(weight)},
         {thread, static_cast<const T*>(source), stride, static_cast<T*>(out), stride}};
-    return launch_kernel<Kernel>(arguments, stream);
+    return launch_kernel<Kernel>(arguments, processors, stream);
   }
 };
 

@@ -29,12 +29,14 @@ inline const char* missing_driver_function() {
 }
 
 template <class Kernel>
-const char* launch_kernel(const typename Kernel::Arguments& arguments, void* stream) {
-  static const char* const missing = missing_driver_function();
-  if (missing) return missing;
+const char* launch_kernel(const typename Kernel::Arguments& arguments, int processors,
+                          void* stream) {
   if (!Kernel::can_implement(arguments)) return "CUTLASS does not take this size";
   // no kernel here reduces through memory
   if (Kernel::get_workspace_size(arguments) != 0) return "CUTLASS asks for a workspace";
+  if (processors == 0) return nullptr;
+  static const char* const missing = missing_driver_function();
+  if (missing) return missing;
   const auto parameters = Kernel::to_underlying_arguments(arguments, nullptr);
   constexpr auto kernel = cutlass::device_kernel<Kernel>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

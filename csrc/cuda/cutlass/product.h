@@ -47,7 +47,7 @@ struct Product {
          {shape.c, {}, 0}},
         {thread, static_cast<const T*>(source), stride, static_cast<T*>(out), stride}};
     arguments.hw_info.sm_count = processors;
-    return launch_kernel<Kernel>(arguments, stream);
+    return launch_kernel<Kernel>(arguments, processors, stream);
   }
 };
 

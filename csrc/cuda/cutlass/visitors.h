@@ -72,7 +72,7 @@ using AffineTree = std::conditional_t<
 // memory for that, where a thread takes a piece of a column; then columns are joined.
 template <class T, int kTileRows>
 struct TileStatistics {
-  static constexpr int kColumns = 32;
+  static constexpr int kColumns = kStagedColumns;
   static constexpr int kThreads = 128;
   static constexpr int kGroups = kThreads / kColumns;
   static constexpr int kRows = kTileRows / kGroups;
@@ -140,9 +140,6 @@ struct TileStatistics {
       return cutlass::NumericArrayConverter<T, V, kSize>{}(z);
     }
 
-    // Spreads a column's rows over the banks: 8 rows of 4 words, as a warp has them, touch 32.
-    CUTLASS_DEVICE static int place(int r, int c) { return r * kColumns + (c ^ (r >> 1 & 3) << 3); }
-
     template <class Buffer, class Sync, class Results>
     CUTLASS_DEVICE void reduce(Buffer&& buffer, const Sync& sync, int epi_m, int epi_n, bool,
                                const Results& results) {
@@ -157,7 +154,7 @@ struct TileStatistics {
       for (int i = 0; i < kSize; ++i) {
         const int r = row + cute::get<0>(at(i)) - first_row;
         const int c = column + cute::get<1>(at(i)) - first_column;
-        tile[place(r, c)] = results(i / kFragment)[i % kFragment];
+        tile[staged(r, c)] = results(i / kFragment)[i % kFragment];
       }
       sync();
       const int count = rows_left - first_row;
@@ -165,7 +162,7 @@ struct TileStatistics {
       float values[kRows];
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        values[i] = static_cast<float>(tile[place(group * kRows + i, c)]);
+        values[i] = static_cast<float>(tile[staged(group * kRows + i, c)]);
       }
       column_moments(values, count - group * kRows, shared->mean[group][c], shared->m2[group][c]);
       sync();  // also: nobody reads the tile any more
