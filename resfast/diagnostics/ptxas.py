@@ -109,25 +109,28 @@ def parse(text: str) -> list[Row]:
 
 def readable(names: Sequence[str]) -> list[str]:
     """Kernels as in the source, without namespaces; mangled where there is no c++filt."""
+    names = [_cutlass_name(n) if "7cutlass13device_kernel" in n else n for n in names]
     if not names or shutil.which("c++filt") is None:
         return list(names)
     done = subprocess.run(
         ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    names = [_cutlass_name(n) if "cutlass::device_kernel" in n else n for n in done]
-    names = [re.sub(r"resfast::cuda::|\(anonymous namespace\)::|^void ", "", n) for n in names]
+    names = [re.sub(r"resfast::cuda::|\(anonymous namespace\)::|^void ", "", n) for n in done]
     return [re.sub(r"\([^()]*\)$", "", name) for name in names]
 
 
-def _cutlass_name(name: str) -> str:
+def _cutlass_name(mangled: str) -> str:
     """What tells CUTLASS's kernels apart, out of thousands of characters."""
-    kind = "implicit_gemm" if "ImplicitGemm" in name else "product"
-    element = "bf16" if "bfloat16_t" in name else "f16"
-    tile = re.search(r"tuple<cute::C<(\d\d+)>, cute::C<(\d\d+)>", name)
-    sizes = ", ".join(tile.groups()) if tile else "?"
-    ending = "stats" if "TileStatistics" in name else "affine"
-    residual = ", residual" if "Sm90SrcFetch" in name else ""
-    return f"{kind}_{ending}<{element}, {sizes}{residual}>"
+    kind = "implicit_gemm" if "ImplicitGemm" in mangled else "product"
+    element = "bf16" if "bfloat16_t" in mangled else "f16"
+    # the block's tile follows the schedule; its second size is the instruction's
+    rows = re.search(r"(?:Sm90ELi1|Pingpong)EEE.*?ILi(\d+)E", mangled)
+    columns = re.search(r"MMA_64x(\d+)x16", mangled)
+    if rows is None or columns is None:
+        return mangled
+    ending = "stats" if "TileStatistics" in mangled else "affine"
+    residual = ", residual" if "Sm90SrcFetch" in mangled else ""
+    return f"{kind}_{ending}<{element}, {rows[1]}, {columns[1]}{residual}>"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
