@@ -43,7 +43,7 @@ inline const char* conv_unsupported(const ConvShape& a) {
   if (a.is_pointwise()) return nullptr;
   for (const Axis& axis : {a.h, a.w}) {
     if (axis.stride > 8) return "strides must be at most 8";
-    if (axis.padding > 128) return "padding must be at most 128";
+    if (axis.padding > 127) return "padding must be at most 127";
     if (axis.reach() > 254) return "dilated filters must span at most 255 pixels";
     if (axis.reach() - axis.padding > 128) return "windows must reach at most 128 past the padding";
   }

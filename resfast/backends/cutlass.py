@@ -78,8 +78,8 @@ def size_declines(x: Tensor, weight: Tensor, g: ConvGeometry) -> str | None:
     for _, r, step, pad, d in axes:
         if step > 8:
             return "strides must be at most 8"
-        if pad > 128:
-            return "padding must be at most 128"
+        if pad > 127:
+            return "padding must be at most 127"
         if d * (r - 1) > 254:
             return "dilated filters must span at most 255 pixels"
         if d * (r - 1) - pad > 128:
