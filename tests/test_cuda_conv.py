@@ -194,6 +194,7 @@ def test_good_arguments_are_only_on_the_wrong_device(op):
         ("x", randn(*GOOD_SHAPE, device="cpu").contiguous(), "x must be dense channels_last"),
         ("x", shifted(randn(*GOOD_SHAPE, device="cpu")), "x must start at a multiple of 16 bytes"),
         ("x", randn(2, 8, 5, 6, device="cpu"), "weight must have the 8 input channels of x"),
+        ("x", randn(2, 24, 5, 6, device="cpu"), "weight must have the 24 input channels of x"),
         ("weight", randn(8, 16, device="cpu"), "weight must be 4-D"),
         (
             "weight",
