@@ -1,7 +1,8 @@
 """Builds resfast's native libraries with ninja, one set of compiler flags per source file.
 
 Environment: CXX, CXXFLAGS, MAX_JOBS; CUDA_HOME, TORCH_CUDA_ARCH_LIST, RESFAST_SKIP_CUDA_BUILD=1
-(do not try), RESFAST_FORCE_CUDA=1 (fail where it cannot be built).
+(do not try), RESFAST_FORCE_CUDA=1 (fail where it cannot be built); RESFAST_BUILD_CUTLASS=1 (also
+the convolutions for Hopper, from CUTLASS's headers), RESFAST_CUTLASS_DIR (where those are).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from setuptools.errors import BaseError
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 
-from torch_lookup import MINIMUM, Torch, find_torch  # noqa: E402
+from torch_lookup import MINIMUM, Torch, find_torch, package_folders  # noqa: E402
 
 TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*MINIMUM)
 COMMON_FLAGS = [
@@ -53,6 +54,8 @@ ISA_FLAGS = {
 EXTENSION_FLAGS = {"avx512bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16"]}
 DEFAULT_CUDA_ARCHS = {"8.0": (11, 0), "9.0a": (12, 0), "10.0": (12, 8)}  # and the first nvcc
 MINIMUM_NVCC = (12, 0)
+CUTLASS_ARCH = "9.0a"
+MINIMUM_CUTLASS = (4, 2)
 
 
 def is_set(name: str) -> bool:
@@ -123,6 +126,50 @@ def gencode(archs: list[str]) -> list[str]:
         if parts.group(4):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
+
+
+class NoCutlass(Exception):
+    """The one-line reason why the kernels that need CUTLASS are not built."""
+
+
+def find_cutlass(archs: list[str]) -> tuple[Path, str]:
+    """A CUTLASS source tree, RESFAST_CUTLASS_DIR or nvidia-cutlass's, and its version."""
+    if not is_set("RESFAST_BUILD_CUTLASS"):
+        raise NoCutlass("RESFAST_BUILD_CUTLASS is not set")
+    if CUTLASS_ARCH not in archs:
+        raise NoCutlass(f"they are for {CUTLASS_ARCH}, TORCH_CUDA_ARCH_LIST is {' '.join(archs)}")
+    asked = os.environ.get("RESFAST_CUTLASS_DIR")
+    folders = [Path(asked)] if asked else []
+    if not asked:
+        folders = [folder / "source" for folder in package_folders("cutlass_library")]
+    for folder in folders:
+        if all(include.is_dir() for include in cutlass_includes(folder)):
+            return folder, cutlass_version(folder)
+    raise NoCutlass(
+        f"RESFAST_CUTLASS_DIR={asked} is no CUTLASS source tree"
+        if asked
+        else "no headers: pip install nvidia-cutlass==4.2.0, or name a tree in RESFAST_CUTLASS_DIR"
+    )
+
+
+def cutlass_includes(folder: Path) -> list[Path]:
+    return [folder / "include", folder / "tools" / "util" / "include"]
+
+
+def cutlass_version(folder: Path) -> str:
+    try:
+        text = (folder / "include" / "cutlass" / "version.h").read_text()
+    except OSError as error:
+        raise NoCutlass(f"CUTLASS names no version: {error}") from None
+    numbers = [
+        int(n) for n in re.findall(r"^#define CUTLASS_(?:MAJOR|MINOR|PATCH)\s+(\d+)", text, re.M)
+    ]
+    version = ".".join(map(str, numbers))
+    if tuple(numbers[:2]) < MINIMUM_CUTLASS:
+        raise NoCutlass(
+            f"CUTLASS {version} in {folder} is older than {'.'.join(map(str, MINIMUM_CUTLASS))}"
+        )
+    return version
 
 
 class Ninja:
@@ -354,13 +401,31 @@ class NinjaBuildExt(build_ext):
     ) -> tuple[Path, dict]:
         nvcc, version = find_nvcc()
         archs = cuda_archs(version)
+        common = ["-std=c++17", "-O3", "-Icsrc", "-ccbin", cxx[0]]
+        common += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        objects = []
+        try:
+            cutlass_folder, cutlass_number = find_cutlass(archs)
+            cutlass = ("version", cutlass_number)
+            host_flags = [*host_flags, "-DRESFAST_HAS_CUTLASS"]
+            # an assertion in a kernel is a call, and calls keep ptxas from overlapping products
+            own = [*common, *gencode([CUTLASS_ARCH]), "-DNDEBUG", "--expt-relaxed-constexpr"]
+            for include in cutlass_includes(cutlass_folder):
+                own += ["-isystem", str(include)]
+            for source in sorted((ROOT / "csrc" / "cuda" / "cutlass").glob("*.cu")):
+                out = folder / source.relative_to(ROOT).with_name(source.name + ".o")
+                objects.append(ninja.add("compile", out, [source], [nvcc], own))
+        except NoCutlass as reason:
+            cutlass = ("reason", str(reason))
+            if is_set("RESFAST_BUILD_CUTLASS"):
+                say(f"CUTLASS kernels not built: {reason}")
         flags = [
-            *("-std=c++17", "-O3", "-Icsrc", *gencode(archs)),
-            *("-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"),
+            *(*common, *gencode(archs)),
             f"-DRESFAST_CUDA_ARCHS={json.dumps(' '.join(archs))}",
             f"-DRESFAST_NVCC_VERSION={json.dumps(version)}",
+            f"-DRESFAST_CUTLASS_KEY={json.dumps(cutlass[0])}",
+            f"-DRESFAST_CUTLASS_VALUE={json.dumps(cutlass[1])}",
         ]
-        objects = []
         # norm.cpp and norm.cu lie side by side: the object keeps the whole name
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.c[pu]*")):
             out = folder / source.relative_to(ROOT).with_name(source.name + ".o")

@@ -1,4 +1,4 @@
-"""Finds the torch that resfast is to be built against, without importing it."""
+"""Finds the torch that resfast is to be built against, without importing it; and other packages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MINIMUM = (2, 11)
 _ASK = """
 import importlib.util, sys
 sys.path[:] = [p for p in sys.path if p]
-spec = importlib.util.find_spec("torch")
+spec = importlib.util.find_spec(sys.argv[1])
 print(next(iter(spec.submodule_search_locations), "") if spec else "")
 """
 
@@ -53,21 +53,21 @@ def _at(path: str | Path) -> Torch | None:
     return Torch(path, version.group(1))
 
 
-def _importable_here() -> list[str]:
+def _importable_here(package: str = "torch") -> list[str]:
     try:
-        spec = importlib.util.find_spec("torch")
+        spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
         return []
     return list(spec.submodule_search_locations or []) if spec else []
 
 
-def _in_site_packages() -> list[str]:
+def _in_site_packages(package: str = "torch") -> list[str]:
     paths = sysconfig.get_paths()
-    return [os.path.join(paths[key], "torch") for key in ("purelib", "platlib")]
+    return [os.path.join(paths[key], package) for key in ("purelib", "platlib")]
 
 
-def _outside_isolation() -> list[str]:
-    ask = [sys.executable, "-E", "-c", _ASK]
+def _outside_isolation(package: str = "torch") -> list[str]:
+    ask = [sys.executable, "-E", "-c", _ASK, package]
     try:
         answer = subprocess.run(ask, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.SubprocessError):
@@ -84,3 +84,9 @@ def find_torch() -> Torch | None:
             if torch is not None and torch.new_enough:
                 return torch
     return None
+
+
+def package_folders(package: str) -> list[Path]:
+    """Where a package may lie, looked for as ``find_torch`` does."""
+    places = (_importable_here, _in_site_packages, _outside_isolation)
+    return [Path(folder) for place in places for folder in place(package)]

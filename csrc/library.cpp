@@ -89,4 +89,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
       "cuda_norm_backward(Tensor dy, Tensor? dy2, Tensor z, Tensor mean, Tensor scale, "
       "Tensor beta, Tensor rstd, Tensor? y, Tensor? mask, bool relu, Tensor(a!) dz, "
       "Tensor(b!)? du, Tensor(c!)? activation, Tensor(d!) sum_du, Tensor(e!) sum_du_xhat) -> ()");
+  m.def(
+      "cuda_conv_affine(Tensor x, Tensor weight, Tensor mean, Tensor scale, Tensor beta, "
+      "Tensor? residual, bool relu, bool add_after_act, int stride_h, int stride_w, "
+      "int padding_h, int padding_w, int dilation_h, int dilation_w, int tile_m, int tile_n, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "cuda_conv_stats(Tensor x, Tensor weight, int stride_h, int stride_w, int padding_h, "
+      "int padding_w, int dilation_h, int dilation_w, int tile_m, int tile_n, Tensor(a!) z, "
+      "Tensor(b!) mean, Tensor(c!) m2) -> ()");
 }

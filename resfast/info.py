@@ -61,6 +61,7 @@ def _native() -> dict[str, Any]:
         "build": native.build_info(),
         "cpu_isa": native.cpu_isa(),
         "cuda_library": native.cuda_library(),
+        "cutlass_missing": native.cutlass_missing(),
     }
 
 
@@ -91,6 +92,7 @@ def _text(facts: dict[str, Any]) -> str:
         ("  CPU kernels for", isas or "–"),
         ("  chosen here", native["cpu_isa"] or "none: stock PyTorch operators run instead"),
         ("  CUDA library", _cuda_text(cuda)),
+        ("  CUTLASS kernels", _cutlass_text(native["cutlass_missing"], cuda)),
         ("triton", triton["version"] if triton["available"] else f"no: {triton['reason']}"),
     ]
     for number, backend in enumerate(facts["backends"]):
@@ -104,8 +106,12 @@ def _text(facts: dict[str, Any]) -> str:
 def _cuda_text(cuda: dict[str, Any]) -> str:
     if not cuda["built"]:
         return f"no: {cuda['reason']}"
-    shown = {k: v for k, v in cuda.items() if k != "built"}
+    shown = {k: v for k, v in cuda.items() if k not in ("built", "cutlass")}
     return "yes; " + ", ".join(
         f"{key}: {' '.join(map(str, v)) if isinstance(v, (list, tuple)) else v}"
         for key, v in shown.items()
     )
+
+
+def _cutlass_text(missing: str | None, cuda: dict[str, Any]) -> str:
+    return f"no: {missing}" if missing else f"yes; CUTLASS {cuda['cutlass']['version']}, sm_90a"

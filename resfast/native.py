@@ -2,7 +2,7 @@
 
 Loading registers the raw ops as ``torch.ops.resfast.norm_*``: every one writes into tensors that
 the caller allocated and returns nothing. See ``csrc/library.cpp`` for their schemas. The CUDA
-library adds the kernels of ``cuda_norm_*`` and is loaded at first use.
+library adds the kernels of ``cuda_norm_*`` and ``cuda_conv_*`` and is loaded at first use.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ CUDA_RAW_OPS = (
     "cuda_norm_forward",
     "cuda_norm_backward",
 )
+# of the CUDA library too; their kernels only where it was built with CUTLASS
+CUTLASS_RAW_OPS = ("cuda_conv_affine", "cuda_conv_stats")
 
 _INSTALL = "pip install -e ."
 
@@ -71,7 +73,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 def _register_fakes() -> None:
-    for name in RAW_OPS + CUDA_RAW_OPS:
+    for name in RAW_OPS + CUDA_RAW_OPS + CUTLASS_RAW_OPS:
         torch.library.register_fake(f"resfast::{name}", lambda *args, **kwargs: None)
 
 
@@ -129,6 +131,16 @@ def cuda_library() -> dict[str, Any]:
     if library is None:
         return {"built": False, "reason": reason}
     return {"built": True, **json.loads(library.resfast_cuda_build_info())}
+
+
+@functools.cache
+def cutlass_missing() -> str | None:
+    """Why the CUDA library has no CUTLASS kernels, or None."""
+    library = cuda_library()
+    if not library["built"]:
+        return f"no CUDA library: {library['reason']}"
+    reason: str | None = library["cutlass"].get("reason")
+    return reason
 
 
 @functools.cache

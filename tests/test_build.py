@@ -181,6 +181,9 @@ def test_cuda_library_says_what_it_is():
     if info["built"]:
         assert info["nvcc"]
         assert info["architectures"]
+        missing = native.cutlass_missing()
+        assert info["cutlass"] == ({"reason": missing} if missing else info["cutlass"])
+        assert missing or re.fullmatch(r"\d+\.\d+\.\d+", info["cutlass"]["version"])
     else:
         assert info["reason"]
 
@@ -306,6 +309,46 @@ def test_nvcc_is_taken_from_cuda_home_then_path(setup_py, monkeypatch, tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(setup_py.NoCuda, match="no nvcc"):
         setup_py.find_nvcc()
+
+
+def fake_cutlass(folder: Path, version: tuple[int, int, int]) -> Path:
+    (folder / "include" / "cutlass").mkdir(parents=True)
+    (folder / "tools" / "util" / "include").mkdir(parents=True)
+    lines = zip(("MAJOR", "MINOR", "PATCH"), version, strict=True)
+    text = "".join(f"#define CUTLASS_{name} {number}\n" for name, number in lines)
+    (folder / "include" / "cutlass" / "version.h").write_text(text)
+    return folder
+
+
+def test_cutlass_is_used_where_it_is_asked_for_and_there(setup_py, monkeypatch, tmp_path):
+    archs = ["8.0", "9.0a"]
+    monkeypatch.delenv("RESFAST_BUILD_CUTLASS", raising=False)
+    monkeypatch.delenv("RESFAST_CUTLASS_DIR", raising=False)
+    with pytest.raises(setup_py.NoCutlass, match="RESFAST_BUILD_CUTLASS is not set"):
+        setup_py.find_cutlass(archs)
+    monkeypatch.setenv("RESFAST_BUILD_CUTLASS", "1")
+    with pytest.raises(setup_py.NoCutlass, match=r"for 9\.0a, TORCH_CUDA_ARCH_LIST is 8\.0"):
+        setup_py.find_cutlass(["8.0"])
+    package = tmp_path / "cutlass_library"
+    monkeypatch.setattr(
+        setup_py, "package_folders", lambda name: [package] if name == package.name else []
+    )
+    with pytest.raises(setup_py.NoCutlass, match="pip install nvidia-cutlass"):
+        setup_py.find_cutlass(archs)
+    tree = fake_cutlass(package / "source", (4, 2, 0))
+    assert setup_py.find_cutlass(archs) == (tree, "4.2.0")
+    monkeypatch.setenv("RESFAST_CUTLASS_DIR", str(tmp_path / "nowhere"))
+    with pytest.raises(setup_py.NoCutlass, match="nowhere is no CUTLASS source tree"):
+        setup_py.find_cutlass(archs)
+    old = fake_cutlass(tmp_path / "old", (3, 9, 2))
+    monkeypatch.setenv("RESFAST_CUTLASS_DIR", str(old))
+    with pytest.raises(setup_py.NoCutlass, match=r"CUTLASS 3\.9\.2 in .* is older than 4\.2"):
+        setup_py.find_cutlass(archs)
+
+
+def test_packages_are_found_as_torch_is(lookup):
+    folders = lookup.package_folders("pytest")
+    assert Path(pytest.__file__).parent in folders
 
 
 def test_max_jobs(setup_py, monkeypatch):

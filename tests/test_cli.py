@@ -318,6 +318,9 @@ def test_info_json_parses_and_says_why(capsys):
     assert status == 0
     assert "native library" in out
     assert "triton" in out
+    (line,) = (line for line in out.splitlines() if line.strip().startswith("CUTLASS kernels"))
+    missing = facts["native"]["cutlass_missing"]
+    assert line.endswith("sm_90a" if missing is None else f"no: {missing}")
 
 
 def test_info_without_the_native_library_names_the_remedy():

@@ -281,16 +281,24 @@ ptxas info    : Used 255 registers, used 0 barriers
 
 def test_ptxas_report_is_read():
     rows = ptxas.parse(REPORT)
-    assert rows == [("90a", "_ZN4goodEv", 40, 0, 512), ("80", "_ZN3badEv", 255, 20, 0)]
+    assert rows == [
+        ("90a", "_ZN4goodEv", 40, 0, 512, False),
+        ("80", "_ZN3badEv", 255, 20, 0, False),
+    ]
     with pytest.raises(ValueError, match="does not say"):
         ptxas.parse(REPORT.replace("Used 255 registers", ""))
 
 
-@pytest.mark.parametrize(
-    ("report", "status"),
-    [(REPORT, 1), (REPORT.split("ptxas info    : Compiling entry function '_ZN3bad")[0], 0)],
+GOOD = REPORT.split("ptxas info    : Compiling entry function '_ZN3bad")[0]
+SERIAL = (
+    "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are "
+    "serialized due to wgmma pipeline crossing function boundary at a function call in the "
+    "function '_ZN4goodEv'\n"
 )
-def test_a_spill_is_a_failure(monkeypatch, capsys, report, status):
+
+
+@pytest.mark.parametrize(("report", "status"), [(REPORT, 1), (GOOD, 0), (SERIAL + GOOD, 1)])
+def test_a_spill_is_a_failure_and_so_are_serial_products(monkeypatch, capsys, report, status):
     monkeypatch.setattr(ptxas, "find_nvcc", lambda: "nvcc")
     monkeypatch.setattr(ptxas, "compile_source", lambda *arguments: report)
     assert ptxas.main(["--only", "device"]) == status
@@ -301,6 +309,45 @@ def test_without_nvcc_the_table_is_skipped(monkeypatch, capsys):
     monkeypatch.setattr(ptxas, "find_nvcc", lambda: None)
     assert ptxas.main([]) == 0
     assert "skipped: no nvcc" in capsys.readouterr().out
+
+
+def test_without_cutlass_its_table_is_skipped(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(ptxas, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setenv("RESFAST_CUTLASS_DIR", str(tmp_path))
+    assert ptxas.main(["--cutlass"]) == 0
+    assert "skipped: no CUTLASS headers" in capsys.readouterr().out
+
+
+# what matters of two mangled names
+KERNELS = {
+    "implicit_gemm": "_ZN7cutlass13device_kernelINS_4conv6kernel13ConvUniversalINS1_46MainloopSm90"
+    "TmaGmmaWarpSpecializedImplicitGemmILS5_0ELi4ELi2EN4cute5tupleIJNSA_1CILi1EEESD_SD_EEENS1_36"
+    "KernelImplicitTmaWarpSpecializedSm90ELi1EEENSB_IJNSC_ILi128EEENSC_ILi64EEENSB_IJSI_EEEEEENS_10"
+    "bfloat16_tESL_NSA_4SM904GMMA27MMA_64x64x16_F32BF16BF16_SSINS2914TileStatisticsISL_Li64EEE6half",
+    "product": "_ZN7cutlass13device_kernelINS_4gemm6kernel13GemmUniversalIN4cute5tupleIJiiiiEEENS1_"
+    "34MainloopSm90TmaGmmaWarpSpecializedILi6ENS5_IJNS4_1CILi1EEESB_SB_EEENS1_32KernelTmaWarp"
+    "SpecializedPingpongEEENS5_IJNSA_ILi128EEESF_NSA_ILi64EEEEEENS_6half_tENS5_IJlSB_lEEESI_SJ_NS4_4"
+    "SM904GMMA26MMA_64x128x16_F32F16F16_SSILNSN_5MajorE0E9FinishingESI_12Sm90SrcFetchISI_EEEEE",
+}
+
+
+def test_cutlass_kernels_are_compiled_with_its_headers_and_named(monkeypatch, capsys, tmp_path):
+    (tmp_path / "include" / "cutlass").mkdir(parents=True)
+    (tmp_path / "include" / "cutlass" / "cutlass.h").touch()
+    monkeypatch.setattr(ptxas, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setenv("RESFAST_CUTLASS_DIR", str(tmp_path))
+    seen = []
+
+    def compile_source(nvcc, source, architectures, flags):
+        seen.append((source.name, architectures, str(tmp_path / "include") in flags))
+        return GOOD.replace("_ZN4goodEv", KERNELS[source.stem])
+
+    monkeypatch.setattr(ptxas, "compile_source", compile_source)
+    assert ptxas.main(["--cutlass"]) == 0
+    assert seen == [(f"{stem}.cu", ["90a"], True) for stem in ("implicit_gemm", "product")]
+    out = capsys.readouterr().out
+    assert "implicit_gemm_stats<bf16, 128, 64> " in out
+    assert "product_affine<f16, 128, 128, residual> " in out
 
 
 @pytest.mark.skipif(ptxas.find_nvcc() is None, reason="no nvcc")

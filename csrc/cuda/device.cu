@@ -34,7 +34,8 @@ int processor_count(int device) {
 #define RESFAST_EXPORT extern "C" __attribute__((visibility("default")))
 
 RESFAST_EXPORT const char* resfast_cuda_build_info() {
-  return "{\"nvcc\": \"" RESFAST_NVCC_VERSION "\", \"architectures\": \"" RESFAST_CUDA_ARCHS "\"}";
+  return "{\"nvcc\": \"" RESFAST_NVCC_VERSION "\", \"architectures\": \"" RESFAST_CUDA_ARCHS
+         "\", \"cutlass\": {\"" RESFAST_CUTLASS_KEY "\": \"" RESFAST_CUTLASS_VALUE "\"}}";
 }
 
 // Why the kernels do not run on a device, or null; valid until the thread's next call.

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kMergeChannels* kMergeThreads)
   const bool exists = channel < a.c;
   // Differences to the first tile's mean are exactly 0 in a constant channel.
   const double pilot = exists ? a.mean[channel] : 0;
-  const auto delta = [&](int64_t o) { return (a.mean[o] - pilot) + a.rest[o]; };
+  const auto delta = [&](int64_t o) { return (a.mean[o] - pilot) + (a.rest ? a.rest[o] : 0.0F); };
   const auto count = [&](int64_t tile) {
     const int64_t left = a.m - tile * a.rows;
     return static_cast<double>(left < a.rows ? left : a.rows);

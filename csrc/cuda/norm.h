@@ -47,7 +47,7 @@ struct Statistic {
 struct MergeStats {
   int64_t m, c, tiles, rows;  // rows per tile
   const float* mean;          // [tiles, c] each
-  const float* rest;
+  const float* rest;          // optional
   const float* m2;
   Statistic out_mean;
   Statistic out_m2;

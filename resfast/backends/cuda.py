@@ -1,4 +1,4 @@
-"""CUDA C++ norm kernels on CUDA devices, beside the library's convolutions."""
+"""CUDA C++ norm kernels on CUDA devices, beside the library's convolutions or CUTLASS's."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from resfast import native
+from resfast.backends import cutlass
 from resfast.backends.interface import (
     Affine,
     Below,
+    ConvGeometry,
     NormGradient,
+    NormVectors,
     empty_nhwc,
     nhwc,
 )
@@ -38,6 +41,35 @@ class CudaBackend(LibraryPool):
         if reason is not None:
             return f"device {z.device.index}: {reason}"
         return None if z.dtype in _DTYPES else f"no kernel for {z.dtype}"
+
+    # ---- convolutions
+
+    def epilogue_declines(
+        self, x: Tensor, weight: Tensor, g: ConvGeometry, residual: Tensor | None
+    ) -> str | None:
+        return cutlass.cutlass_declines(x, weight, g)
+
+    def conv_fprop_affine(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        g: ConvGeometry,
+        norm: NormVectors,
+        residual: Tensor | None,
+        relu: bool,
+        add_after_act: bool,
+    ) -> Tensor:
+        affine, _ = self.norm_prepare(norm.mean, norm.var, norm.weight, norm.bias, norm.eps)
+
+        def other() -> Tensor:
+            return cutlass.in_passes(
+                self, x, weight, bias, g, affine, residual, relu, add_after_act
+            )
+
+        return cutlass.fastest_affine(
+            x, weight, bias, g, affine, residual, relu, add_after_act, other
+        )
 
     # ---- per-channel vectors
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resfast.backends import tuning
+from resfast.backends import cutlass, tuning
 from resfast.backends.fusion import current_fusion
 from resfast.backends.interface import (
     Affine,
@@ -179,10 +179,17 @@ class TritonBackend(Backend):
             return Backend.conv_fprop(self, x, weight, bias, g)
 
         normed, variant = prologue is not None, (prologue, statistics)
-        z, tiles = _fastest("conv_fprop", x, weight, g, normed, variant, run, library)
-        if tiles is None:
-            return z, None
-        return z, kernels.norm.merge_stats(tiles, torch.float64 if exact else torch.float32)
+
+        def own() -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+            z, tiles = _fastest("conv_fprop", x, weight, g, normed, variant, run, library)
+            if tiles is None:
+                return z, None
+            return z, kernels.norm.merge_stats(tiles, torch.float64 if exact else torch.float32)
+
+        plain = bias is None and prologue is None and not exact
+        if plain and statistics and cutlass.cutlass_declines(x, weight, g) is None:
+            return cutlass.fastest_stats(x, weight, g, own)
+        return own()
 
     def conv_dgrad_fused(
         self,
@@ -285,12 +292,22 @@ class TritonBackend(Backend):
             return Backend.conv_fprop(self, x, weight, bias, g)
 
         variant = (None, False, "norm", residual)
-        return _fastest("conv_fprop", x, weight, g, False, variant, run, library)
+
+        def own() -> Tensor:
+            return _fastest("conv_fprop", x, weight, g, False, variant, run, library)
+
+        if cutlass.cutlass_declines(x, weight, g) is not None:
+            return own()
+        arguments = (x, weight, bias, g, affine, residual, relu, add_after_act)
+        if self.fusing_declines("conv_fprop", x, weight, g) is None:
+            return cutlass.fastest_affine(*arguments, own)
+        return cutlass.fastest_affine(*arguments, lambda: cutlass.in_passes(self, *arguments))
 
     def epilogue_declines(
         self, x: Tensor, weight: Tensor, g: ConvGeometry, residual: Tensor | None
     ) -> str | None:
-        return self.fusing_declines("conv_fprop", x, weight, g)
+        reason = self.fusing_declines("conv_fprop", x, weight, g)
+        return reason and cutlass.cutlass_declines(x, weight, g) and reason
 
     # ---- normalisation
 

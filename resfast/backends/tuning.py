@@ -107,9 +107,13 @@ class Tiles:
 @functools.cache
 def tiles_of(device: str) -> Tiles:
     """The process's tiles for devices of this name."""
-    import triton
+    try:
+        import triton
 
-    return Tiles(device, {"torch": torch.__version__, "triton": triton.__version__})
+        version = triton.__version__
+    except ImportError:  # CUTLASS's are measured without it
+        version = ""
+    return Tiles(device, {"torch": torch.__version__, "triton": version})
 
 
 @functools.cache

@@ -35,11 +35,11 @@ def missing_compiler() -> str | None:
     return f"{compiler} has no sanitizers here: {done.stderr[-300:]}" if done.returncode else None
 
 
-def compile_program(folder: Path) -> Path:
-    """The program that runs kernels; AssertionError if it does not build."""
-    compiler, program = _compiler(), folder / "norm_program"
+def compile_program(folder: Path, name: str = "norm_program") -> Path:
+    """A program that runs kernels' source; AssertionError if it does not build."""
+    compiler, program = _compiler(), folder / name
     command = [compiler, "-std=c++17", "-O1", "-g1", "-fno-strict-aliasing", *SANITIZERS]
-    command += [f"-I{HERE}", f"-I{HERE.parent.parent / 'csrc'}", str(HERE / "norm_program.cpp")]
+    command += [f"-I{HERE}", f"-I{HERE.parent.parent / 'csrc'}", str(HERE / f"{name}.cpp")]
     done = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return program
