@@ -167,9 +167,15 @@ void conv_stats(const Tensor& x, const Tensor& weight, int64_t stride_h, int64_t
   arguments.mean = pointer<float>(scratch);
   arguments.m2 = arguments.mean + tiles * call.c;
   call.check(cuda::conv_stats(call.launch, arguments));
-  call.check(cuda::merge_stats(
-      call.launch, {call.m, call.c, tiles, cuda::kConvStatsRows, arguments.mean, nullptr,
-                    arguments.m2, pointer<float>(mean), pointer<float>(m2)}));
+  call.check(cuda::merge_stats(call.launch, {call.m,
+                                             call.c,
+                                             tiles,
+                                             cuda::kConvStatsRows,
+                                             arguments.mean,
+                                             nullptr,
+                                             arguments.m2,
+                                             {pointer<float>(mean), false},
+                                             {pointer<float>(m2), false}}));
 }
 
 }  // namespace

@@ -73,9 +73,15 @@ void run_stats(int64_t m, int64_t k) {
     }
   }
   std::vector<float> mean(static_cast<size_t>(k)), m2(mean.size());
-  const char* error =
-      merge_stats({Storage::f32, nullptr}, {m, k, tiles, kConvStatsRows, tile_mean.data(), nullptr,
-                                            tile_m2.data(), mean.data(), m2.data()});
+  const char* error = merge_stats({Storage::f32, nullptr}, {m,
+                                                            k,
+                                                            tiles,
+                                                            kConvStatsRows,
+                                                            tile_mean.data(),
+                                                            nullptr,
+                                                            tile_m2.data(),
+                                                            {mean.data(), false},
+                                                            {m2.data(), false}});
   if (error) cuda_on_cpu::fail(error);
   write(mean);
   write(m2);
