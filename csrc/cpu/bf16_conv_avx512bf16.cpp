@@ -21,6 +21,11 @@ RESFAST_INLINE FloatVec splat_pair(const uint16_t* pair) {
   return (FloatVec)_mm512_set1_epi32(bits);
 }
 
+// To nearest even; NaN stays one, subnormal numbers become 0.
+RESFAST_INLINE ShortVec round_to_bf16(FloatVec v) {
+  return (ShortVec)_mm512_cvtneps_pbh((__m512)v);
+}
+
 template <int kRows, int kVectors>
 RESFAST_INLINE void product_block(const Bf16Tile& t, int64_t row, int64_t column, int64_t first,
                                   int64_t pairs) {
@@ -70,7 +75,7 @@ RESFAST_INLINE void product_block(const Bf16Tile& t, int64_t row, int64_t column
       y = y * load_raw<FloatVec>(t.scale + c) + load_raw<FloatVec>(t.shift + c);
       if (t.residual) y += widen(BFloat16{}, load_raw<ShortVec>(t.residual + at));
       if (t.relu) y = y < 0.0f ? FloatVec{} : y;  // NaN stays
-      store_raw(t.out + at, narrow(BFloat16{}, y));
+      store_raw(t.out + at, round_to_bf16(y));
     }
   }
 }
