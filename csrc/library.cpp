@@ -29,9 +29,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
   m.def("empty_kept(Tensor like, int n, int c, int h, int w) -> Tensor");
   m.def("release_kept() -> int");
   m.def("panel_columns() -> int");
-  m.def("pointwise_weight(Tensor weight, Tensor? scale, bool transposed, Tensor(a!) packed) -> ()");
+  m.def("pointwise_weight(Tensor weight, Tensor? scale, Tensor(a!) packed) -> ()");
   m.def(
       "pointwise_conv(Tensor x, Tensor packed, Tensor? shift, Tensor? residual, bool relu, "
+      "int stride_h, int stride_w, Tensor(a!) out) -> ()");
+  m.def(
+      "pointwise_conv_once(Tensor x, Tensor weight, bool transposed, Tensor? residual, "
       "int stride_h, int stride_w, Tensor(a!) out) -> ()");
   m.def(
       "im2col_dgrad(Tensor dz, Tensor weight, int stride_h, int stride_w, int padding_h, "

@@ -29,6 +29,7 @@ RAW_OPS = (
     "norm_max_pool_backward_apply",
     "pointwise_weight",
     "pointwise_conv",
+    "pointwise_conv_once",
     "im2col_dgrad",
     "im2col_wgrad",
     "bf16_weight",

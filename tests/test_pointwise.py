@@ -71,7 +71,8 @@ def test_error_against_float64_is_that_of_stock(c, k):
         (1, 48, 9, 14, 64),
         (2, 80, 6, 1, 32),
         (1, 1040, 3, 3, 16),  # three chains
-        (2, 16, 29, 23, 16),  # blocks of pixels, and more than one chain of them
+        (2, 16, 29, 23, 16),  # blocks of pixels
+        (2, 544, 5, 5, 528),  # large weights, a panel at a time
     ],
     ids=str,
 )
@@ -85,7 +86,7 @@ def test_every_shape_and_instruction_set(stride, shape, isa):
         assert_close(pointwise_dgrad(dz, weight), _backward_x(dz.double(), weight.double()))
 
 
-@pytest.mark.parametrize("shape", [(2, 32, 20, 20, 32), (1, 64, 5, 5, 256), (1, 256, 5, 5, 64)])
+@pytest.mark.parametrize("shape", [(2, 32, 20, 20, 32), (1, 64, 5, 5, 256), (1, 528, 5, 5, 560)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_results_do_not_depend_on_the_number_of_threads(shape, stride):
     """Many pixels and many panels of either side: each way of sharing the work out."""
@@ -109,9 +110,11 @@ def test_epilogue(relu, c, isa):
     assert torch.equal(in_place, out)
 
 
-def test_the_inputs_gradient_is_added_to_the_residual(isa):
-    _, weight, dz = _problem(2, 48, 9, 9, 32)
-    residual = torch.randn(2, 48, 9, 9)
+@pytest.mark.parametrize(("c", "k"), [(48, 32), (528, 544)])
+def test_the_inputs_gradient_is_added_to_the_residual(c, k, isa):
+    """With weights packed first, and by panels."""
+    _, weight, dz = _problem(2, c, 9, 9, k)
+    residual = torch.randn(2, c, 9, 9)
     alone = pointwise_dgrad(dz, weight)
     torch.testing.assert_close(pointwise_dgrad(dz, weight, residual), alone + residual)
 
@@ -179,19 +182,52 @@ def test_output_must_not_be_the_input():
 
 
 @pytest.mark.parametrize(
-    ("weight", "scale", "transposed", "words"),
+    ("weight", "scale", "words"),
     [
-        (torch.zeros(16, 16, 3, 3), None, False, "weight must be"),
-        (torch.zeros(16, 16, 1, 1).double(), None, False, "float32"),
-        (torch.zeros(16, 32, 1, 1), None, False, "packed must be"),
-        (torch.zeros(16, 16, 1, 1), torch.ones(8), False, "scale must be"),
-        (torch.zeros(16, 16, 1, 1), torch.ones(16), True, "scale must be"),
+        (torch.zeros(16, 16, 3, 3), None, "weight must be"),
+        (torch.zeros(16, 16, 1, 1).double(), None, "float32"),
+        (torch.zeros(16, 32, 1, 1), None, "packed must be"),
+        (torch.zeros(16, 16, 1, 1), torch.ones(8), "scale must be"),
     ],
 )
-def test_bad_weights_raise(weight, scale, transposed, words):
+def test_bad_weights_raise(weight, scale, words):
     packed = torch.zeros(1, 16, ops.panel_columns())
     with pytest.raises(RuntimeError, match=words):
-        ops.pointwise_weight(weight, scale, transposed, packed)
+        ops.pointwise_weight(weight, scale, packed)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.zeros(1, 16, 8, 8).double()}, "float32"),
+        ({"x": torch.zeros(1, 32, 8, 8)}, "weight must be"),
+        ({"weight": torch.zeros(32, 16, 1, 1)}, "weight must be"),
+        ({"weight": torch.zeros(16, 16, 3, 3)}, "weight must be"),
+        ({"weight": torch.zeros(16, 16, 1, 1).double()}, "float32"),
+        ({"residual": nhwc(torch.zeros(1, 16, 8, 9))}, "residual must have the shape"),
+        ({"stride": 2}, "out must be"),
+        ({"stride": 0}, "strides must be"),
+        ({"out": torch.full((1, 16, 8, 9), 7.0)}, "out must be"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bad_arguments_of_a_convolution_run_once_raise(change, words, transposed):
+    given = {
+        "x": torch.zeros(1, 16, 8, 8),
+        "weight": torch.zeros(16, 16, 1, 1),
+        "residual": None,
+        "stride": 1,
+        "out": torch.full((1, 16, 8, 8), 7.0),
+    } | change
+    out, stride = nhwc(given["out"]), (given["stride"],) * 2
+    call = (nhwc(given["x"]), given["weight"], transposed, given["residual"], *stride)
+    with pytest.raises(RuntimeError, match=words):
+        ops.pointwise_conv_once(*call, out)
+    assert (out == 7).all()
+    x = nhwc(torch.zeros(1, 16, 8, 8))
+    with pytest.raises(RuntimeError, match="out overlaps the memory of x"):
+        ops.pointwise_conv_once(x, torch.zeros(16, 16, 1, 1), transposed, None, 1, 1, x)
 
 
 @pytest.mark.parametrize(

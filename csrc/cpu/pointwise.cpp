@@ -18,6 +18,8 @@ namespace resfast {
 namespace {
 
 constexpr int64_t kBlockRows = 192;
+constexpr int64_t kLargeWeightBytes = 1024 * 1024;
+constexpr int64_t kManyPixelsBytes = 8 * 1024 * 1024;  // to be read again for each panel
 constexpr int64_t kBlockBytes = 512 * 1024;  // of the pixels of one block, half an L2 cache
 
 const PointwiseKernels& pointwise_kernels() {
@@ -52,49 +54,32 @@ struct Pixels {
   }
 };
 
-// [ceil(K / columns), C, columns] of weight [K, C, 1, 1] times scale [K]; transposed,
-// [ceil(C / columns), K, columns].
-void pointwise_weight(const Tensor& weight, const OptionalTensor& scale, bool transposed,
-                      const Tensor& packed) {
-  check_float(weight, "weight");
-  check_float(packed, "packed");
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1,
-                  "weight must be [K, C, 1, 1], got ", shape_of(weight));
-  const int64_t columns = pointwise_kernels().columns;
-  const int64_t k = weight.size(transposed ? 1 : 0), c = weight.size(transposed ? 0 : 1);
-  if (scale) {
-    check_float(*scale, "scale");
-    STD_TORCH_CHECK(
-        !transposed && scale->dim() == 1 && scale->size(0) == k && scale->is_contiguous(),
-        "scale must be contiguous [", k, "] of a weight not transposed, got ", shape_of(*scale));
-  }
-  const int64_t panels = ceil_div(k, columns);
-  STD_TORCH_CHECK(packed.dim() == 3 && packed.size(0) == panels && packed.size(1) == c &&
-                      packed.size(2) == columns && packed.is_contiguous(),
-                  "packed must be contiguous [", panels, ", ", c, ", ", columns, "], got ",
-                  shape_of(packed));
-  check_memory({{"packed", packed, Access::whole}},
-               {{"weight", weight, Access::whole}, {"scale", scale, Access::whole}});
-  const auto* w = static_cast<const float*>(weight.const_data_ptr());
-  const auto* s = scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr;
-  auto* u = static_cast<float*>(packed.mutable_data_ptr());
-  const int64_t column_stride = weight.stride(transposed ? 1 : 0);
-  const int64_t channel_stride = weight.stride(transposed ? 0 : 1);
-  constexpr int64_t kChannels = 16;  // a cache line of each of a panel's columns
-  const int64_t pieces = ceil_div(c, kChannels);
-  torch::stable::parallel_for(0, panels * pieces, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t panel = i / pieces, first = i % pieces * kChannels;
-      const int64_t last = std::min(c, first + kChannels);
-      const int64_t column = panel * columns, existing = std::min(columns, k - column);
-      const float* from = w + column * column_stride;
-      float* to = u + panel * c * columns;
-      const auto put = [&](int64_t channel, int64_t j) {
-        const float value = from[j * column_stride + channel * channel_stride];
-        to[channel * columns + j] = s ? value * s[column + j] : value;
-      };
+// The matrix [c, k] of a 1×1 filter, or of its transpose.
+struct Matrix {
+  const float* w;
+  int64_t k, c, k_stride, c_stride;
+
+  Matrix(const Tensor& weight, bool transposed)
+      : w(static_cast<const float*>(weight.const_data_ptr())),
+        k(weight.size(transposed ? 1 : 0)),
+        c(weight.size(transposed ? 0 : 1)),
+        k_stride(weight.stride(transposed ? 1 : 0)),
+        c_stride(weight.stride(transposed ? 0 : 1)) {}
+
+  // Channels [begin, end) of a panel, times scale [k], the first of them at u.
+  void pack(int64_t panel, int64_t begin, int64_t end, const float* scale, float* u) const {
+    const int64_t columns = pointwise_kernels().columns, column = panel * columns;
+    const int64_t existing = std::min(columns, k - column);
+    const float* const from = w + column * k_stride;
+    const auto put = [&](int64_t channel, int64_t j) {
+      const float value = from[j * k_stride + channel * c_stride];
+      u[(channel - begin) * columns + j] = scale ? value * scale[column + j] : value;
+    };
+    constexpr int64_t kChannels = 16;  // a cache line of each of a panel's columns
+    for (int64_t first = begin; first < end; first += kChannels) {
+      const int64_t last = std::min(end, first + kChannels);
       // along what lies together in memory
-      if (column_stride == 1) {
+      if (k_stride == 1) {
         for (int64_t channel = first; channel < last; ++channel) {
           for (int64_t j = 0; j < existing; ++j) put(channel, j);
         }
@@ -104,8 +89,162 @@ void pointwise_weight(const Tensor& weight, const OptionalTensor& scale, bool tr
         }
       }
     }
-  });
+  }
+
+  // All of it: u [panels][c][columns].
+  void pack(const float* scale, float* u) const {
+    const int64_t columns = pointwise_kernels().columns;
+    constexpr int64_t kGrain = 64;
+    torch::stable::parallel_for(
+        0, ceil_div(k, columns) * c, kGrain, [&](int64_t begin, int64_t end) {
+          while (begin < end) {  // rows of u, panel by panel
+            const int64_t panel = begin / c, stop = std::min(end, (panel + 1) * c);
+            pack(panel, begin - panel * c, stop - panel * c, scale, u + begin * columns);
+            begin = stop;
+          }
+        });
+  }
+};
+
+void check_filter(const Tensor& weight) {
+  check_float(weight, "weight");
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1,
+                  "weight must be [K, C, 1, 1], got ", shape_of(weight));
 }
+
+const float* floats(const OptionalTensor& t) {
+  return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+}
+
+// [ceil(K / columns), C, columns] of weight [K, C, 1, 1] times scale [K].
+void pointwise_weight(const Tensor& weight, const OptionalTensor& scale, const Tensor& packed) {
+  check_filter(weight);
+  check_float(packed, "packed");
+  const Matrix matrix(weight, false);
+  if (scale) {
+    check_float(*scale, "scale");
+    STD_TORCH_CHECK(scale->dim() == 1 && scale->size(0) == matrix.k && scale->is_contiguous(),
+                    "scale must be contiguous [", matrix.k, "], got ", shape_of(*scale));
+  }
+  const int64_t columns = pointwise_kernels().columns, panels = ceil_div(matrix.k, columns);
+  STD_TORCH_CHECK(packed.dim() == 3 && packed.size(0) == panels && packed.size(1) == matrix.c &&
+                      packed.size(2) == columns && packed.is_contiguous(),
+                  "packed must be contiguous [", panels, ", ", matrix.c, ", ", columns, "], got ",
+                  shape_of(packed));
+  check_memory({{"packed", packed, Access::whole}},
+               {{"weight", weight, Access::whole}, {"scale", scale, Access::whole}});
+  matrix.pack(floats(scale), static_cast<float*>(packed.mutable_data_ptr()));
+}
+
+void check_convolution(const Tensor& x, const Pixels& pixels, const OptionalTensor& residual,
+                       const Tensor& out) {
+  const int64_t lanes = pointwise_kernels().lanes;
+  check_activation_like(residual, "residual", out, "out");
+  STD_TORCH_CHECK(out.size(0) == x.size(0) && out.size(2) == pixels.p && out.size(3) == pixels.q,
+                  "out must be [", x.size(0), ", K, ", pixels.p, ", ", pixels.q, "], got ",
+                  shape_of(out));
+  STD_TORCH_CHECK(out.size(1) % lanes == 0, "output channels must be a multiple of ", lanes,
+                  ", got ", out.size(1));
+}
+
+// One convolution: what every block of pixels needs.
+struct Convolution {
+  const PointwiseKernels& kernels;
+  const Pixels& pixels;
+  PointwiseTile whole{};
+  int64_t k, panels;
+
+  Convolution(const Pixels& pixels_, const OptionalTensor& residual, const Tensor& out)
+      : kernels(pointwise_kernels()),
+        pixels(pixels_),
+        k(out.size(1)),
+        panels(ceil_div(k, kernels.columns)) {
+    whole.channels = whole.x_stride = pixels.channels;
+    whole.residual = floats(residual);
+    whole.out = static_cast<float*>(out.mutable_data_ptr());
+    whole.out_stride = k;
+  }
+
+  // Pixels [first, first + rows) by panels [from, to).
+  PointwiseTile tile(int64_t first, int64_t rows, int64_t from, int64_t to) const {
+    PointwiseTile t = whole;
+    const int64_t column = from * kernels.columns;
+    t.rows = rows;
+    t.columns = std::min(k, to * kernels.columns) - column;
+    t.u += column * t.channels;
+    if (t.shift) t.shift += column;
+    if (t.residual) t.residual += first * k + column;
+    t.out += first * k + column;
+    return t;
+  }
+
+  // `rows` pixels from the first on, gathered where they are strided.
+  const float* read(int64_t first, int64_t rows, float* gathered) const {
+    if (!pixels.strided()) return pixels.at(first);
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* pixel = pixels.at(first + i);
+      std::copy(pixel, pixel + pixels.channels, gathered + i * pixels.channels);
+    }
+    return gathered;
+  }
+
+  // With packed weights at whole.u.
+  void run() const {
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t rows = pixels.count, c = pixels.channels;
+    // Threads share out what there is more of, so that less is read by all of them.
+    const int64_t groups = k > rows && panels >= threads ? threads : 1;
+    const int64_t fitting =
+        std::clamp<int64_t>(kBlockBytes / (c * int64_t{sizeof(float)}), 24, kBlockRows);
+    const int64_t sharing = groups == 1 ? threads : 1;
+    const int64_t rounds = ceil_div(rows, fitting * sharing);
+    const int64_t count = ceil_div(rows, rounds * sharing), blocks = ceil_div(rows, count);
+    torch::stable::parallel_for(0, blocks * groups, 1, [&](int64_t begin, int64_t end) {
+      float* const gathered = pixels.strided() ? thread_scratch(count * c) : nullptr;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task % blocks * count, group = task / blocks;
+        PointwiseTile t = tile(first, std::min(count, rows - first), panels * group / groups,
+                               panels * (group + 1) / groups);
+        t.x = read(first, t.rows, gathered);
+        kernels.product(t);
+      }
+    });
+  }
+
+  // With weights that are used once. Large ones are packed a panel at a time, which its thread
+  // multiplies all pixels by while it is in its L2 cache.
+  void run(const Matrix& matrix) {
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t rows = pixels.count, c = pixels.channels;
+    const int64_t panel_floats = c * kernels.columns;
+    if (k * c * int64_t{sizeof(float)} < kLargeWeightBytes ||
+        rows * c * int64_t{sizeof(float)} > kManyPixelsBytes || panels < threads) {
+      float* const packed = thread_scratch<kShared>(panels * panel_floats);
+      matrix.pack(nullptr, packed);
+      whole.u = packed;
+      run();
+      return;
+    }
+    const float* x = pixels.x;
+    if (pixels.strided()) {
+      float* const gathered = thread_scratch<kShared>(rows * c);
+      torch::stable::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
+        read(begin, end - begin, gathered + begin * c);
+      });
+      x = gathered;
+    }
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      float* const packed = thread_scratch(panel_floats);
+      for (int64_t panel = begin; panel < end; ++panel) {
+        matrix.pack(panel, 0, c, nullptr, packed);
+        PointwiseTile t = tile(0, rows, panel, panel + 1);
+        t.u = packed;
+        t.x = x;
+        kernels.product(t);
+      }
+    });
+  }
+};
 
 // out = act(conv(x, weight) + shift + residual), padding 0.
 void pointwise_conv(const Tensor& x, const Tensor& packed, const OptionalTensor& shift,
@@ -115,20 +254,13 @@ void pointwise_conv(const Tensor& x, const Tensor& packed, const OptionalTensor&
   check_float(x, "x");
   check_activation(out, "out");
   check_float(out, "out");
-  check_activation_like(residual, "residual", out, "out");
   check_channel_vector(shift, "shift", out);
   check_float(packed, "packed");
-  const PointwiseKernels& kernels = pointwise_kernels();
   const Pixels pixels(x, stride_h, stride_w);
-  const int64_t c = x.size(1), k = out.size(1), rows = pixels.count;
-  STD_TORCH_CHECK(out.size(0) == x.size(0) && out.size(2) == pixels.p && out.size(3) == pixels.q,
-                  "out must be [", x.size(0), ", K, ", pixels.p, ", ", pixels.q, "], got ",
-                  shape_of(out));
-  STD_TORCH_CHECK(k % kernels.lanes == 0, "output channels must be a multiple of ", kernels.lanes,
-                  ", got ", k);
-  STD_TORCH_CHECK(packed.dim() == 3 && packed.size(0) == ceil_div(k, kernels.columns) &&
-                      packed.size(1) == c && packed.size(2) == kernels.columns &&
-                      packed.is_contiguous(),
+  check_convolution(x, pixels, residual, out);
+  const int64_t c = x.size(1), k = out.size(1), columns = pointwise_kernels().columns;
+  STD_TORCH_CHECK(packed.dim() == 3 && packed.size(0) == ceil_div(k, columns) &&
+                      packed.size(1) == c && packed.size(2) == columns && packed.is_contiguous(),
                   "packed must be what pointwise_weight made for C = ", c, ", K = ", k,
                   " on this instruction set, got ", shape_of(packed));
   check_memory({{"out", out, Access::whole}}, {{"x", x, Access::whole},
@@ -136,54 +268,34 @@ void pointwise_conv(const Tensor& x, const Tensor& packed, const OptionalTensor&
                                                {"shift", shift, Access::whole}});
   check_memory({{"out", out}}, {{"residual", residual}});
   if (out.numel() == 0) return;
+  Convolution conv(pixels, residual, out);
+  conv.whole.u = static_cast<const float*>(packed.const_data_ptr());
+  conv.whole.shift = floats(shift);
+  conv.whole.relu = relu;
+  conv.run();
+}
 
-  const auto floats = [](const OptionalTensor& t) {
-    return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
-  };
-  PointwiseTile whole{};
-  whole.channels = c;
-  whole.u = static_cast<const float*>(packed.const_data_ptr());
-  whole.shift = floats(shift);
-  whole.residual = floats(residual);
-  whole.relu = relu;
-  whole.out = static_cast<float*>(out.mutable_data_ptr());
-  whole.x_stride = c;
-  whole.out_stride = k;
-
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t panels = ceil_div(k, kernels.columns);
-  // Threads share out what there is more of, so that less is read by all of them.
-  const int64_t groups = k > rows && panels >= threads ? threads : 1;
-  const int64_t fitting =
-      std::clamp<int64_t>(kBlockBytes / (c * int64_t{sizeof(float)}), 24, kBlockRows);
-  const int64_t sharing = groups == 1 ? threads : 1;
-  const int64_t rounds = ceil_div(rows, fitting * sharing);
-  const int64_t count = ceil_div(rows, rounds * sharing), blocks = ceil_div(rows, count);
-  torch::stable::parallel_for(0, blocks * groups, 1, [&](int64_t begin, int64_t end) {
-    float* const gathered = pixels.strided() ? thread_scratch(count * c) : nullptr;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task % blocks * count, group = task / blocks;
-      const int64_t from = panels * group / groups * kernels.columns;
-      const int64_t to = std::min(k, panels * (group + 1) / groups * kernels.columns);
-      PointwiseTile t = whole;
-      t.rows = std::min(count, rows - first);
-      t.columns = to - from;
-      t.u += from * c;
-      if (t.shift) t.shift += from;
-      if (t.residual) t.residual += first * k + from;
-      t.out += first * k + from;
-      if (pixels.strided()) {
-        for (int64_t i = 0; i < t.rows; ++i) {
-          const float* pixel = pixels.at(first + i);
-          std::copy(pixel, pixel + c, gathered + i * c);
-        }
-        t.x = gathered;
-      } else {
-        t.x = pixels.at(first);
-      }
-      kernels.product(t);
-    }
-  });
+// out = conv(x, weight) + residual, or with the transposed weight: the input's gradient at stride
+// 1; padding 0.
+void pointwise_conv_once(const Tensor& x, const Tensor& weight, bool transposed,
+                         const OptionalTensor& residual, int64_t stride_h, int64_t stride_w,
+                         const Tensor& out) {
+  check_activation(x, "x");
+  check_float(x, "x");
+  check_activation(out, "out");
+  check_float(out, "out");
+  check_filter(weight);
+  const Pixels pixels(x, stride_h, stride_w);
+  check_convolution(x, pixels, residual, out);
+  const Matrix matrix(weight, transposed);
+  STD_TORCH_CHECK(matrix.c == x.size(1) && matrix.k == out.size(1),
+                  "weight must be [K, C, 1, 1] for C = ", transposed ? out.size(1) : x.size(1),
+                  ", K = ", transposed ? x.size(1) : out.size(1), ", got ", shape_of(weight));
+  check_memory({{"out", out, Access::whole}},
+               {{"x", x, Access::whole}, {"weight", weight, Access::whole}});
+  check_memory({{"out", out}}, {{"residual", residual}});
+  if (out.numel() == 0) return;
+  Convolution(pixels, residual, out).run(matrix);
 }
 
 }  // namespace
@@ -192,4 +304,5 @@ void pointwise_conv(const Tensor& x, const Tensor& packed, const OptionalTensor&
 STABLE_TORCH_LIBRARY_IMPL(resfast, CPU, m) {
   m.impl("pointwise_weight", TORCH_BOX(&resfast::pointwise_weight));
   m.impl("pointwise_conv", TORCH_BOX(&resfast::pointwise_conv));
+  m.impl("pointwise_conv_once", TORCH_BOX(&resfast::pointwise_conv_once));
 }

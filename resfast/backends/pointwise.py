@@ -13,7 +13,6 @@ from torch import Tensor
 
 from resfast import native
 from resfast.backends.interface import ConvGeometry, empty_nhwc, nhwc
-from resfast.backends.scratch import flat_scratch
 
 _LANES = 16  # of the widest instruction set: vectors of channels are full
 
@@ -35,8 +34,9 @@ def is_pointwise(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
 
 def pointwise_weight(weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """The weight times scale ``[K]`` in panels, to keep."""
-    packed = weight.new_empty(_packed_shape(weight.shape[0], weight.shape[1]))
-    torch.ops.resfast.pointwise_weight(weight.detach(), scale, False, packed)
+    columns = torch.ops.resfast.panel_columns()
+    packed = weight.new_empty(math.ceil(weight.shape[0] / columns), weight.shape[1], columns)
+    torch.ops.resfast.pointwise_weight(weight.detach(), scale, packed)
     return packed
 
 
@@ -57,20 +57,11 @@ def pointwise_dgrad(dz: Tensor, weight: Tensor, residual: Tensor | None = None) 
     return _convolve(dz, weight, ConvGeometry((1, 1), (0, 0), (1, 1), 1), True, residual)
 
 
-def _packed_shape(k: int, c: int) -> tuple[int, int, int]:
-    columns = torch.ops.resfast.panel_columns()
-    return math.ceil(k / columns), c, columns
-
-
 def _convolve(
     x: Tensor, weight: Tensor, g: ConvGeometry, transposed: bool, residual: Tensor | None
 ) -> Tensor:
-    k, c = weight.shape[:2] if not transposed else (weight.shape[1], weight.shape[0])
-    shape = _packed_shape(k, c)
-    packed = flat_scratch("pointwise weight", math.prod(shape), weight.dtype).view(shape)
-    torch.ops.resfast.pointwise_weight(weight.detach(), None, transposed, packed)
     x = nhwc(x)
-    out = pointwise_output(x, k, g)
+    out = pointwise_output(x, weight.shape[1 if transposed else 0], g)
     residual = None if residual is None else nhwc(residual)
-    torch.ops.resfast.pointwise_conv(x, packed, None, residual, False, *g.stride, out)
+    torch.ops.resfast.pointwise_conv_once(x, weight.detach(), transposed, residual, *g.stride, out)
     return out
