@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import zipfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from interrupted import COMMAND, StopAfter, running
 from torch import nn
 
 from resfast.training import checkpoint as ckpt
+from resfast.training import data as data_module
 from resfast.training.checkpoint import CheckpointError, CheckpointFolder, NonFiniteError
 from resfast.training.config import OptionError, TrainConfig, UserError
 from resfast.training.data import Augment, SeededSampler, load_dataset, stratified_split
@@ -153,6 +155,29 @@ def test_folder_with_train_and_test_keeps_them_apart(tmp_path):
     assert torch.equal(data.test.pixels[:, 0, 0, 0].long(), 80 * data.test.labels)
     resized = load_dataset(TrainConfig(data=str(tmp_path), image_size=6))
     assert resized.image_shape == (3, 6, 6)
+
+
+@pytest.mark.parametrize("side", [12, 64])
+def test_small_files_are_read_by_one_thread_and_large_ones_by_several(tmp_path, monkeypatch, side):
+    image_module = pytest.importorskip("PIL.Image")
+    noise = torch.randint(0, 256, (30, side, side, 3), dtype=torch.uint8)
+    for i, pixels in enumerate(noise):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        image = image_module.frombytes("RGB", (side, side), pixels.numpy().tobytes())
+        image.save(tmp_path / "ab"[i % 2] / f"{i:02}.png")
+    threads, read = set(), data_module.read_image
+
+    def noted(path, channels, size):
+        if size is not None:
+            threads.add(threading.get_ident())
+        return read(path, channels, size)
+
+    monkeypatch.setattr(data_module, "read_image", noted)
+    data = load_dataset(TrainConfig(data=str(tmp_path)))
+    assert (threads == {threading.get_ident()}) is (side == 12)
+    parts = (data.train, data.validation, data.test)
+    found = {image.numpy().tobytes() for part in parts for image in part.pixels}
+    assert found == {image.permute(2, 0, 1).contiguous().numpy().tobytes() for image in noise}
 
 
 @pytest.mark.parametrize("break_it", ["missing class", "not an image", "no classes"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import statistics
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,10 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
 SOUND_SUFFIXES = (".wav",)
 # Pixels of a file that is refused as a decompression bomb: what Pillow warns of.
 LARGEST_IMAGE = 2**30 // 4 // 3
+# Bytes of a file up to which a folder is read by one thread. Most of that work is Pillow's Python,
+# at which threads only wait for each other: on two cores six took 1.7 times as long over CIFAR-10's
+# JPEGs as one, and four times the processor time.
+SMALL_FILE = 4096
 _ORDER, _AUGMENT, _SPLIT, _SYNTHETIC = range(4)
 
 
@@ -527,8 +532,12 @@ def _read_files(
             return str(error)
         return None
 
-    with ThreadPoolExecutor() as pool:
-        problems = list(pool.map(read, range(len(tree.files))))
+    count = len(tree.files)
+    if _typical_bytes(tree) <= SMALL_FILE:
+        problems = [read(index) for index in range(count)]
+    else:
+        with ThreadPoolExecutor() as pool:
+            problems = list(pool.map(read, range(count)))
     bad = [problem for problem in problems if problem is not None]
     if bad and config.bad_files == "fail":
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
@@ -542,6 +551,12 @@ def _read_files(
         return images
     left_out.update(str(tree.files[i][0].relative_to(root)) for i in (~kept).nonzero().flatten())
     return images.select(kept.nonzero().flatten())
+
+
+def _typical_bytes(tree: Tree) -> float:
+    """Of a file: the median of a few."""
+    some = tree.files[:: len(tree.files) // 16 + 1]
+    return statistics.median(path.stat().st_size for path, _ in some)
 
 
 def _first_size(files: list[tuple[Path, int]], bad_files: str) -> tuple[int, int]:
