@@ -30,7 +30,7 @@ from resfast.training.checkpoint import (
     WriteError,
     require_finite,
 )
-from resfast.training.config import TrainConfig, UserError
+from resfast.training.config import TrainConfig, UserError, lars
 from resfast.training.data import Dataset, Part, SeededSampler
 from resfast.training.distributed import Ranks
 from resfast.training.mix import Mix
@@ -196,6 +196,12 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         {"params": decayed, "weight_decay": config.l2},
         {"params": rest, "weight_decay": config.l2 if config.decay_all else 0.0},
     ]
+    if config.optimizer == "lars":
+        # without weight decay timm's adapts nothing unless told; biases and norms are left as with
+        # SGD, as large batches are usually trained, unless they decay too
+        groups[0]["always_adapt"] = True
+        optimizer: torch.optim.Optimizer = lars()(groups, lr=config.peak_lr, momentum=0.9)
+        return optimizer
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.peak_lr, momentum=0.9, nesterov=True)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
