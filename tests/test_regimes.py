@@ -249,8 +249,8 @@ def test_a_bad_step_leaves_weights_and_statistics_alone(where):
 
 def _mixed(mixup, cutmix, batch=0):
     inputs = torch.arange(1, 9).float()[:, None, None, None].expand(8, 3, 12, 10).contiguous()
-    labels = torch.arange(8)
-    return inputs, labels, *Mix(mixup, cutmix, 8, seed=5)(inputs, labels, 0, batch)
+    labels, mix = torch.arange(8), Mix(mixup, cutmix, 8, seed=5)
+    return inputs, labels, *mix(inputs, labels, mix.share(labels, 8, 0, batch), 0, batch)
 
 
 def test_mixup_mixes_images_and_targets_alike():

@@ -116,22 +116,32 @@ def test_sampler_refuses_a_batch_larger_than_the_set_and_another_sets_state():
 def test_augment_shifts_by_whole_pixels_within_bounds_and_repeats():
     image = torch.zeros(64, 1, 8, 8)
     image[:, :, 4, 4] = 1
-    out = Augment(2, False, seed=0)(image, epoch=0, batch=0)
+    out = Augment(2, False, seed=0)(image, 0, 0, torch.arange(64), 64)
     assert out.shape == image.shape
     assert torch.equal(out.sum((1, 2, 3)), torch.ones(64))
     rows, columns = out.nonzero()[:, 2:].T
     assert set(rows.tolist()) == set(columns.tolist()) == {2, 3, 4, 5, 6}
-    assert torch.equal(out, Augment(2, False, seed=0)(image, epoch=0, batch=0))
-    assert not torch.equal(out, Augment(2, False, seed=0)(image, epoch=0, batch=1))
+    assert torch.equal(out, Augment(2, False, seed=0)(image, 0, 0, torch.arange(64), 64))
+    assert not torch.equal(out, Augment(2, False, seed=0)(image, 0, 1, torch.arange(64), 64))
 
 
 def test_augment_mirrors_some_images_only():
     image = torch.rand(64, 3, 4, 4)
-    out = Augment(0, True, seed=0)(image, epoch=0, batch=0)
+    out = Augment(0, True, seed=0)(image, 0, 0, torch.arange(64), 64)
     same = (out == image).flatten(1).all(1)
     mirrored = (out == image.flip(3)).flatten(1).all(1)
     assert (same ^ mirrored).all()
     assert 16 <= mirrored.sum() <= 48
+
+
+def test_some_rows_are_augmented_as_in_the_whole_batch():
+    """What a rank of several asks for."""
+    trainer = make_trainer(shift=2, flip=True)
+    indices, rows = trainer.sampler.rest()[0], torch.tensor([40, 3, 17, 18])
+    pixels, labels = trainer.feed.batch(indices, 0, 1)
+    some, few = trainer.feed.batch(indices, 0, 1, rows)
+    assert torch.equal(some, pixels[rows])
+    assert torch.equal(few, labels[rows])
 
 
 def write_image_tree(root: Path, count: int = 6, split: tuple[str, ...] = ("train", "test")):

@@ -38,7 +38,15 @@ from resfast.training.config import (
 )
 from resfast.training.data import load_dataset
 from resfast.training.distributed import Ranks, job, join
-from resfast.training.loop import Score, Stopped, StopSignals, Trainer, TrainStep, place
+from resfast.training.loop import (
+    Score,
+    Stopped,
+    StopSignals,
+    Trainer,
+    TrainStep,
+    UnreadableError,
+    place,
+)
 from resfast.training.model import create_for, model_names
 from resfast.training.page import PAGE, Answers, Predictions, render
 from resfast.training.predict import find_checkpoint
@@ -68,7 +76,7 @@ def train(
     ranks = join()
     if ranks.rank:
         quiet = True
-        warnings.simplefilter("ignore")  # rank 0 gives the same
+        warnings.simplefilter("ignore")  # rank 0 gives the same, or gathers them
     try:
         with ranks.contact():
             alone = ranks.size == 1
@@ -169,7 +177,7 @@ def _train(
                 )
             ranks.leave()
             return 128 + stopped.signum
-        except NonFiniteError as error:
+        except (NonFiniteError, UnreadableError) as error:
             ranks.leave()  # all have the same error
             if first:
                 raise
