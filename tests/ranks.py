@@ -30,6 +30,14 @@ COMMAND_LIMIT_S = 120
 COLLECTIVE_LIMIT = datetime.timedelta(seconds=30)
 
 
+class Checks(list):
+    """Marks functions, as a decorator, for every rank to run."""
+
+    def __call__(self, check: Callable[[], None]) -> Callable[[], None]:
+        self.append(check)
+        return check
+
+
 def run_checks(
     checks: Sequence[Callable[[], None]], folder: Path, size: int = 2, limit_s: float = 300
 ) -> dict[str, list[str]]:

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from interrupted import fit_in_two, losses_of
 from torch import nn
+from trainers import tiny_net, trainer_for
 
 from resfast.training import loop
 from resfast.training.checkpoint import BEST, CheckpointFolder, NonFiniteError, load
 from resfast.training.config import OptionError, TrainConfig, UserError
-from resfast.training.data import load_dataset
 from resfast.training.loop import Trainer, TrainStep, learning_rate
 from resfast.training.mix import Mix
 
@@ -27,23 +27,12 @@ timm = pytest.mark.skipif(not importlib.util.find_spec("timm"), reason="LARS is 
 
 
 def _net() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 3, padding=1, bias=False),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Dropout(0.1),
-        nn.AdaptiveAvgPool2d(4),
-        nn.Flatten(),
-        nn.Linear(96, 10),
-    )
+    return tiny_net(6, padding=1)
 
 
 def _trainer(folder=None, **options) -> Trainer:
     config = TrainConfig(**{"epochs": 2, "seed": 3, "lr": 1e-2, "batch_size": 128, **options})
-    data = load_dataset(config.validate())
-    torch.manual_seed(config.seed)
-    kept = None if folder is None else CheckpointFolder(folder)
-    return Trainer(_net(), data, config, folder=kept)
+    return trainer_for(config, _net, folder)
 
 
 def _linear_step(**options) -> tuple[TrainStep, nn.Module, torch.Tensor, torch.Tensor]:

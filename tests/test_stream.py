@@ -18,8 +18,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from interrupted import StopAfter, fit_in_two, losses_of, running
-from ranks import every, latest_checkpoint, ranks_here, run_checks, shared_folder, train_on_two
+from needs import gloo
+from ranks import (
+    Checks,
+    every,
+    latest_checkpoint,
+    ranks_here,
+    run_checks,
+    shared_folder,
+    train_on_two,
+)
 from torch import nn
+from trainers import tiny_net, trainer_for
 
 from resfast.training import data as data_module
 from resfast.training import stream
@@ -68,15 +78,7 @@ def write_tree(root: Path) -> Path:
 
 
 def net() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, stride=2, bias=False),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Dropout(0.2),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16, len(CLASSES)),
-    )
+    return tiny_net(4, 3, len(CLASSES), stride=2)
 
 
 def configure(tree: Path, **options) -> TrainConfig:
@@ -87,10 +89,7 @@ def configure(tree: Path, **options) -> TrainConfig:
 def make_trainer(
     tree: Path, folder: Path | None = None, ranks: Ranks | None = None, **options
 ) -> Trainer:
-    config = configure(tree, **options)
-    torch.manual_seed(config.seed)
-    kept = None if folder is None else CheckpointFolder(folder)
-    return Trainer(net(), load_dataset(config), config, folder=kept, ranks=ranks)
+    return trainer_for(configure(tree, **options), net, folder, ranks)
 
 
 def all_batches(trainer: Trainer, epochs: int = 2) -> list[torch.Tensor]:
@@ -537,13 +536,7 @@ def test_a_killed_worker_is_one_clear_line(tree, monkeypatch):
 
 # ---- several ranks
 
-CHECKS = []
-
-
-def on_ranks(check):
-    """Mark a check for every rank to run."""
-    CHECKS.append(check)
-    return check
+on_ranks = Checks()
 
 
 def shared_tree() -> Path:
@@ -628,9 +621,7 @@ def a_run_of_two_ranks_goes_on_bit_for_bit_or_alone_with_the_same_images():
     options = EVERYTHING | {"workers": 1}
     whole = make_trainer(tree, ranks=ranks_here(), **options)
     whole.fit()
-    first = make_trainer(tree, ranks=ranks_here(), **options)
-    if dist.get_rank() == 0:
-        first.folder = CheckpointFolder(folder)
+    first = make_trainer(tree, folder, ranks_here(), **options)
     first.stop = StopAfter(first, 3)
     with pytest.raises(Stopped):
         first.fit()
@@ -668,9 +659,7 @@ def spoiled_rows(tree: Path, batch: int, rows: list[int]) -> list[str]:
 def a_bad_file_of_one_rank_ends_the_run_on_all_and_costs_no_step():
     tree, folder = shared_tree(), shared_folder()
     (name,) = spoiled_rows(tree, 2, [6])  # of 8 rows rank 1 has the last four
-    trainer = make_trainer(tree, ranks=ranks_here())
-    if dist.get_rank() == 0:
-        trainer.folder = CheckpointFolder(folder)
+    trainer = make_trainer(tree, folder, ranks_here())
     with pytest.raises(
         UnreadableError, match=rf"^rank 1: cannot read image .*{name}.*skip"
     ) as info:
@@ -699,22 +688,17 @@ def bad_files_of_all_ranks_are_named_and_counted_by_rank_0():
 
 
 @pytest.fixture(scope="module")
-def _gloo():
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("torch without gloo")
+def outcomes(tmp_path_factory, v2):
+    return run_checks(on_ranks, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory, v2, _gloo):
-    return run_checks(CHECKS, tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
+@gloo
+@pytest.mark.parametrize("name", [check.__name__ for check in on_ranks])
 def test_on_two_ranks(outcomes, name):
     assert outcomes[name] == ["", ""], "\n".join(outcomes[name])
 
 
-@pytest.mark.usefixtures("_gloo")
+@gloo
 def test_a_bad_file_of_one_process_of_torchrun_is_told_once(tree, tmp_path):
     pytest.importorskip("matplotlib", reason="`resfast train` draws curves")
     trainer = make_trainer(tree, seed=0)

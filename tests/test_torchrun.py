@@ -14,8 +14,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from interrupted import StopAfter
-from ranks import every, latest_checkpoint, ranks_here, run_checks, shared_folder, train_on_two
+from needs import gloo
+from ranks import (
+    Checks,
+    every,
+    latest_checkpoint,
+    ranks_here,
+    run_checks,
+    shared_folder,
+    train_on_two,
+)
 from torch import nn
+from trainers import trainer_for
 
 import resfast
 from resfast import cli
@@ -24,28 +34,16 @@ from resfast.testing import FLOOR_ULPS, SINGLE_FACTOR
 from resfast.training import run
 from resfast.training.checkpoint import CheckpointFolder, NonFiniteError
 from resfast.training.config import OptionError, TrainConfig, UserError
-from resfast.training.data import load_dataset
 from resfast.training.distributed import Ranks, job, join
 from resfast.training.loop import Stopped, Trainer, TrainStep
 from resfast.training.model import create_for
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 pytest.importorskip("matplotlib", reason="`resfast train` draws curves")
-pytestmark = [
-    pytest.mark.skipif(
-        not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"
-    ),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = [gloo, pytest.mark.usefixtures("one_thread")]
 
 CPU = torch.device("cpu")
-CHECKS = []
-
-
-def on_ranks(check):
-    """Mark a check for every rank to run."""
-    CHECKS.append(check)
-    return check
+on_ranks = Checks()
 
 
 def equal_on_all(state: dict) -> bool:
@@ -64,14 +62,8 @@ def make_net() -> nn.Module:
 
 
 def make_trainer(folder: Path | None = None, ranks: Ranks | None = None, **options) -> Trainer:
-    ranks = ranks or ranks_here()
     config = TrainConfig(**{"epochs": 1, "seed": 3, "lr": 1e-2, "batch_size": 128, **options})
-    data = load_dataset(config.validate())
-    torch.manual_seed(config.seed)
-    trainer = Trainer(make_net(), data, config, ranks=ranks)
-    if folder is not None and ranks.rank == 0:
-        trainer.folder = CheckpointFolder(folder)
-    return trainer
+    return trainer_for(config, make_net, folder, ranks or ranks_here())
 
 
 def recorded(trainer: Trainer) -> list:
@@ -267,10 +259,10 @@ def what_fails_on_one_rank_fails_on_all_and_is_told_once():
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return run_checks(CHECKS, tmp_path_factory.mktemp("ranks"))
+    return run_checks(on_ranks, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
+@pytest.mark.parametrize("name", [check.__name__ for check in on_ranks])
 def test_on_two_ranks(outcomes, name):
     assert outcomes[name] == ["", ""], "\n".join(outcomes[name])
 

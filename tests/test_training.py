@@ -14,6 +14,7 @@ import pytest
 import torch
 from interrupted import COMMAND, StopAfter, running
 from torch import nn
+from trainers import tiny_net, trainer_for
 
 from resfast.training import checkpoint as ckpt
 from resfast.training import data as data_module
@@ -29,26 +30,9 @@ CPU = torch.device("cpu")
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 
-def tiny_net(classes: int = 10, channels: int = 1) -> nn.Module:
-    """Stock layers with all kinds of state: weights, running statistics, random numbers."""
-    return nn.Sequential(
-        nn.Conv2d(channels, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Dropout(0.1),
-        nn.AdaptiveAvgPool2d(4),
-        nn.Flatten(),
-        nn.Linear(128, classes),
-    )
-
-
 def make_trainer(folder: Path | None = None, *, losses: list | None = None, **options) -> Trainer:
     config = TrainConfig(**{"epochs": 2, "seed": 3, "lr": 1e-2, **options})
-    data = load_dataset(config)
-    torch.manual_seed(config.seed)
-    trainer = Trainer(
-        tiny_net(), data, config, folder=None if folder is None else CheckpointFolder(folder)
-    )
+    trainer = trainer_for(config, lambda: tiny_net(8, padding=1), folder)
     if losses is not None:
         trainer.progress = lambda step, loss: losses.append((step, loss))
     return trainer
