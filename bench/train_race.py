@@ -28,8 +28,8 @@ from resfast.training.config import TrainConfig, UserError, check_model, resolve
 from resfast.training.data import load_dataset
 from resfast.training.loop import Trainer, TrainStep
 from resfast.training.model import create_for, model_names
-from resfast.training.report import binomial_interval
-from resfast.training.run import SMALL_SIDE
+from resfast.training.report import judged
+from resfast.training.run import set_threads
 
 CONTENDERS = {"resfast": True, "eager": False}  # name: fused
 CURVES = ("epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
@@ -41,8 +41,7 @@ def train_by_turns(config: TrainConfig, command: str) -> dict[str, Any]:
     check_model(config.model, model_names())
     device = resolve_device(config.device)
     data = load_dataset(config)
-    if threads := config.threads or (max(data.image_shape[1:]) <= SMALL_SIDE):
-        torch.set_num_threads(int(threads))
+    set_threads(config, data)
     trainers: dict[str, Trainer] = {}
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
     for name, fused in CONTENDERS.items():
@@ -105,13 +104,7 @@ def _contender(
         "seconds": sum(seconds),
         "images_per_second": trainer.step * trainer.config.batch_size / sum(seconds),
         "skipped_steps": trainer.skipped,
-        "test": {
-            "accuracy": score.accuracy,
-            "correct": score.correct,
-            "images": score.images,
-            "loss": score.loss,
-            "interval_95": list(binomial_interval(score.correct, score.images)),
-        },
+        "test": judged(score),
         "epochs": [
             {key: row[key] for key in CURVES} | {"seconds": spent}
             for row, spent in zip(epochs, seconds, strict=True)

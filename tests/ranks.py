@@ -1,4 +1,4 @@
-"""Several processes of one gloo group that run a list of checks, for the tests of distributed work.
+"""Several processes, for the tests of distributed work: that run a list of checks, or the command.
 
 Starting a process imports torch, so one start serves many checks. A check is a function without
 arguments that every rank calls; it fails if it raises on any of them.
@@ -9,6 +9,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,7 +23,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from resfast.training.checkpoint import CheckpointFolder
+from resfast.training.distributed import Ranks
+
+COMMAND_LIMIT_S = 120
 COLLECTIVE_LIMIT = datetime.timedelta(seconds=30)
+
+
+class Checks(list):
+    """Marks functions, as a decorator, for every rank to run."""
+
+    def __call__(self, check: Callable[[], None]) -> Callable[[], None]:
+        self.append(check)
+        return check
 
 
 def run_checks(
@@ -35,6 +52,50 @@ def run_checks(
         if process.is_alive():
             process.kill()
     return {c.__name__: [_outcome(folder, c, r) for r in range(size)] for c in checks}
+
+
+def train_on_two(*options: str, fault: str = "") -> subprocess.CompletedProcess[str]:
+    """`resfast train` under torchrun; the fault is faulty_rank.py's."""
+    with socket.socket() as free:  # for the rendezvous: a plain torchrun does not find one itself
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    worker = [str(Path(__file__).with_name("faulty_rank.py"))] if fault else ["-m", "resfast.cli"]
+    launcher = f"-m torch.distributed.run --nproc-per-node 2 --master-port {port} --max-restarts"
+    command = [sys.executable, *launcher.split(), "1" if "KILL" in fault else "0", *worker, "train"]
+    return subprocess.run(
+        [*command, *options],
+        env=os.environ | {"FAULT": fault, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_LIMIT_S,
+    )
+
+
+# ---- what checks ask for
+
+
+def ranks_here() -> Ranks:
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def every(value: Any) -> list:
+    """What each rank has, on all."""
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def shared_folder() -> Path:
+    return Path(ranks_here().share(tempfile.mkdtemp()))
+
+
+def latest_checkpoint(folder: Path) -> dict[str, Any]:
+    """Rank 0's, which alone knows when it is written."""
+    ranks = ranks_here()
+    return ranks.share(None if ranks.rank else CheckpointFolder(folder).load_latest()[0])
+
+
+# ---- in the processes
 
 
 def _outcome(folder: Path, check: Callable[[], None], rank: int) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from called import call
 
 from resfast import __version__, cli
 from resfast.training import checkpoint
@@ -36,15 +37,6 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "first"
     assert cli.main(["train", "--epochs", "3", "--quiet", "--out", str(folder)]) == 0
     return folder
-
-
-def call(capsys, *arguments: str) -> tuple[int, str, str]:
-    try:
-        status = cli.main(list(arguments))
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 def one_line(text: str) -> str:

@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import run_checks
+from needs import gloo
+from ranks import Checks, every, run_checks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,22 +28,14 @@ from resfast.ops import norm as N
 from resfast.ops.registry import KERNELS
 from resfast.testing import OpCase, Tensors, _Recording, bn_case, conv_case, judge_seeds
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"
-)
+pytestmark = gloo
 
-CHECKS = []
-
-
-def on_ranks(check):
-    """Mark a check for every rank to run."""
-    CHECKS.append(check)
-    return check
+on_ranks = Checks()
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return run_checks(CHECKS, tmp_path_factory.mktemp("ranks"))
+    return run_checks(on_ranks, tmp_path_factory.mktemp("ranks"))
 
 
 # ---- the criterion
@@ -53,13 +46,6 @@ def rows(n: int, sizes: tuple[int, int]) -> slice:
     assert sum(sizes) == n
     start = sizes[0] * dist.get_rank()
     return slice(start, start + sizes[dist.get_rank()])
-
-
-def join(values: dict[str, Tensor] | list[Tensor]):
-    """All ranks' values: batches one after the other, vectors and weights of the rank's own."""
-    every: list = [None] * dist.get_world_size()
-    dist.all_gather_object(every, values)
-    return every
 
 
 def synchronised_ops(group: str) -> SimpleNamespace:
@@ -83,16 +69,16 @@ def run_split(
     ops = synchronised_ops(dist.group.WORLD.group_name)
     recording = _Recording(ops, None, None)
     case.run(recording, mine, None, layout)
-    branches = [torch.cat(b) for b in zip(*join(recording.branches), strict=True)]
-    every = join(case.run(ops, mine, dy[part], layout))
+    branches = [torch.cat(b) for b in zip(*every(recording.branches), strict=True)]
+    all_ranks = every(case.run(ops, mine, dy[part], layout))
     results = {}
-    for k, first in every[0].items():
+    for k, first in all_ranks[0].items():
         if k in BATCHES:
-            results[k] = torch.cat([r[k] for r in every])
+            results[k] = torch.cat([r[k] for r in all_ranks])
         elif k.startswith("d"):
-            results[k] = sum(r[k].double() for r in every)
+            results[k] = sum(r[k].double() for r in all_ranks)
         else:
-            assert all(torch.equal(r[k], first) for r in every), k
+            assert all(torch.equal(r[k], first) for r in all_ranks), k
             results[k] = first
     return branches, results
 
@@ -706,7 +692,7 @@ def fsdp_with_plain_norms_trains_as_stock():
     assert_same_training(model, want)
 
 
-@pytest.mark.parametrize("name", [c.__name__ for c in CHECKS])
+@pytest.mark.parametrize("name", [c.__name__ for c in on_ranks])
 def test_on_two_ranks(name, outcomes):
     for rank, problem in enumerate(outcomes[name]):
         assert not problem, f"rank {rank}: {problem}"

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import called
 import pytest
 import torch
 from torch import Tensor, nn
 
-from resfast import cli
 from resfast.training import checkpoint
 from resfast.training import export as export_module
 from resfast.training.config import UserError
@@ -66,12 +66,7 @@ def image_bytes(n: int) -> Tensor:
 
 
 def call(capsys, *arguments: object) -> tuple[int, str, str]:
-    try:
-        status = cli.main(["export", *map(str, arguments)])
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return status, out, err
+    return called.call(capsys, "export", *map(str, arguments))
 
 
 def assert_info(info: dict) -> None:

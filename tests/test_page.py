@@ -119,6 +119,13 @@ def predictions_of(logits: torch.Tensor, data: Dataset, batch: int = 16) -> Pred
     return Predictions.of(answers, data)
 
 
+def everything() -> tuple[dict, list[dict], Predictions]:
+    """What `render` takes, of a run that is wrong of every image."""
+    data = made_up(["a", "b"])
+    logits = -5.0 * F.one_hot(data.test.labels, 2)
+    return metrics_of(data), rows_of(), predictions_of(logits, data)
+
+
 def shown(data: Dataset, logits: torch.Tensor, comparison: dict | None = None) -> Page:
     page = render(metrics_of(data, comparison), rows_of(), predictions_of(logits, data))
     assert_closed(page)
@@ -277,9 +284,65 @@ def test_curves_take_the_colour_of_the_text_and_have_three_panels():
     assert any("currentColor" in (a.get("style") or "") for _, a, _ in page.elements)
 
 
+def brightness(rgb: tuple[float, ...]) -> float:
+    """WCAG 2's relative luminance of sRGB in 0 … 255."""
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in rgb)
+    ]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    low, high = sorted((brightness(a), brightness(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def rgb(colour: str) -> tuple[float, ...]:
+    return tuple(bytes.fromhex(colour.removeprefix("#")))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_and_curves_stand_out_from_the_page(theme):
+    """As WCAG 2 asks: 4.5:1 of text, 3:1 of lines. Grid and frames are there to be overlooked."""
+    text = render(*everything())
+    dark = re.search(r"@media \(prefers-color-scheme: dark\) \{(.*)\}\n", text)
+    light = text.replace(dark[0], "")
+    found = dict(re.findall(r"--(\w+): ([^;]+);", light))
+    if theme == "dark":
+        found |= dict(re.findall(r"--(\w+): ([^;]+);", dark[1]))
+    assert "body { color: var(--ink); background: var(--paper); }" in text
+    ink, paper = rgb(found["ink"]), rgb(found["paper"])
+    assert contrast(ink, paper) >= 4.5
+    accent = tuple(map(float, found["accent"].split()))
+    full = float(re.search(r"rgb\(var\(--accent\) / calc\(var\(--share\) \* (\d+)%\)\)", text)[1])
+    for share in torch.linspace(0, full / 100, 20).tolist():
+        cell = [share * a + (1 - share) * p for a, p in zip(accent, paper, strict=True)]
+        assert contrast(ink, cell) >= 4.5, share
+
+    styles = [a.get("style") or "" for _, a, _ in Page(text).elements]
+    drawn = [s for s in styles if "opacity" not in s]
+    curves = {c for s in drawn for c in re.findall(r"(?:stroke|fill): (#\w+)", s)}
+    assert len(curves) == 4, "train, validation, one batch, learning rate"
+    for colour in curves:
+        assert contrast(rgb(colour), paper) >= 3, colour
+
+
+def test_what_is_seen_has_words_too():
+    page = Page(render(*everything()))
+    attributes = {tag: a for tag, a, _ in page.elements}
+    assert attributes["html"]["lang"] == "en"
+    assert page.texts("title") == [f"{NASTY} on {NASTY}"]
+    assert attributes["svg"]["role"] == "img"
+    assert "accuracy" in attributes["svg"]["aria-label"]
+    pictures = [a for tag, a, _ in page.elements if tag == "img"]
+    assert len(pictures) == MISTAKES
+    assert all(a["alt"].startswith("test image ") for a in pictures)
+    names = [a["id"] for _, a, _ in page.elements if "id" in a]
+    assert len(set(names)) == len(names) > 0
+
+
 def test_rendering_is_a_function_of_its_arguments():
-    data = made_up(["a", "b"])
-    arguments = (metrics_of(data), rows_of(), predictions_of(torch.randn(40, 2), data))
+    arguments = everything()
     first = render(*arguments)
     assert render(*arguments) == first
     other = dataclasses.replace(arguments[2], predicted=arguments[2].labels)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from interrupted import fit_in_two, losses_of
 from torch import nn
+from trainers import tiny_net, trainer_for
 
 from resfast.training import loop
 from resfast.training.checkpoint import BEST, CheckpointFolder, NonFiniteError, load
-from resfast.training.config import OptionError, TrainConfig
-from resfast.training.data import load_dataset
+from resfast.training.config import OptionError, TrainConfig, UserError
 from resfast.training.loop import Trainer, TrainStep, learning_rate
 from resfast.training.mix import Mix
 
@@ -21,26 +23,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+timm = pytest.mark.skipif(not importlib.util.find_spec("timm"), reason="LARS is timm's")
 
 
 def _net() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 3, padding=1, bias=False),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Dropout(0.1),
-        nn.AdaptiveAvgPool2d(4),
-        nn.Flatten(),
-        nn.Linear(96, 10),
-    )
+    return tiny_net(6, padding=1)
 
 
 def _trainer(folder=None, **options) -> Trainer:
     config = TrainConfig(**{"epochs": 2, "seed": 3, "lr": 1e-2, "batch_size": 128, **options})
-    data = load_dataset(config.validate())
-    torch.manual_seed(config.seed)
-    kept = None if folder is None else CheckpointFolder(folder)
-    return Trainer(_net(), data, config, folder=kept)
+    return trainer_for(config, _net, folder)
 
 
 def _linear_step(**options) -> tuple[TrainStep, nn.Module, torch.Tensor, torch.Tensor]:
@@ -103,10 +95,11 @@ def test_label_smoothing_spreads_the_target():
 
 
 @pytest.mark.parametrize("decay_all", [False, True])
-def test_weight_decay_spares_biases_and_norms_unless_asked(decay_all):
-    trainer = _trainer(l2=0.5, decay_all=decay_all, optimizer="adamw")
+@pytest.mark.parametrize("name", ["AdamW", pytest.param("Lars", marks=timm)])
+def test_weight_decay_spares_biases_and_norms_unless_asked(name, decay_all):
+    trainer = _trainer(l2=0.5, decay_all=decay_all, optimizer=name.lower())
     optimizer = trainer.train_step.optimizer
-    assert type(optimizer) is torch.optim.AdamW
+    assert type(optimizer).__name__ == name
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     found = {name: decay[id(p)] for name, p in trainer.model.named_parameters()}
     rest = 0.5 if decay_all else 0.0
@@ -117,6 +110,43 @@ def test_weight_decay_spares_biases_and_norms_unless_asked(decay_all):
         "6.weight": 0.5,
         "6.bias": rest,
     }
+
+
+@timm
+@pytest.mark.parametrize(("l2", "decay_all"), [(0.0, False), (0.2, False), (0.2, True)])
+def test_lars_adapts_the_step_of_each_weight_to_its_norm(l2, decay_all):
+    """v ← 0.9·v + λ·(g + l2·w), w ← w − lr·v, λ = 0.001·‖w‖/(‖g‖ + l2·‖w‖) (arXiv:1708.03888).
+
+    Of biases and norms λ is 1, as of SGD, unless they decay.
+    """
+    torch.manual_seed(0)
+    conv = nn.Conv2d(1, 4, 3, bias=False)
+    model = nn.Sequential(conv, nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 10)).double()
+    nn.init.uniform_(model[1].bias)
+    step = TrainStep(model, TrainConfig(optimizer="lars", l2=l2, decay_all=decay_all), CPU)
+    step.forward = model  # the step's own forward returns float32
+    inputs, labels = torch.randn(8, 1, 8, 8).double(), torch.arange(8)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moved = dict.fromkeys(expected, 0.0)
+    for lr in (3.0, 2.0):
+        model.zero_grad()
+        F.cross_entropy(model(inputs), labels).backward()
+        for name, parameter in model.named_parameters():
+            w, g = expected[name], parameter.grad.clone()
+            if decay_all or name in ("0.weight", "3.weight"):
+                g = (g + l2 * w) * 0.001 * w.norm() / (g.norm() + l2 * w.norm())
+            moved[name] = 0.9 * moved[name] + g
+            expected[name] = w - lr * moved[name]
+        step.set_lr(lr)
+        step(inputs, labels)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-6, atol=1e-9)
+
+
+def test_lars_without_timm_is_one_line_before_anything_is_read(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.optim", None)
+    with pytest.raises(UserError, match=r"^--optimizer lars needs timm: pip install timm \(.*\)$"):
+        TrainConfig(optimizer="lars").validate()
 
 
 def test_the_network_may_be_compiled(monkeypatch):
@@ -208,8 +238,8 @@ def test_a_bad_step_leaves_weights_and_statistics_alone(where):
 
 def _mixed(mixup, cutmix, batch=0):
     inputs = torch.arange(1, 9).float()[:, None, None, None].expand(8, 3, 12, 10).contiguous()
-    labels = torch.arange(8)
-    return inputs, labels, *Mix(mixup, cutmix, 8, seed=5)(inputs, labels, 0, batch)
+    labels, mix = torch.arange(8), Mix(mixup, cutmix, 8, seed=5)
+    return inputs, labels, *mix(inputs, labels, mix.share(labels, 8, 0, batch), 0, batch)
 
 
 def test_mixup_mixes_images_and_targets_alike():
@@ -306,7 +336,6 @@ def test_images_grow_to_their_side_in_two_thirds_of_the_epochs():
 
 
 EVERYTHING = {
-    "optimizer": "adamw",
     "l2": 1e-3,
     "accumulate": 2,
     "clip": 1.0,
@@ -318,13 +347,19 @@ EVERYTHING = {
 }
 
 
-@pytest.mark.parametrize("stop_after", [3, 9, 12])
-def test_resumed_run_repeats_the_uninterrupted_one_with_every_option(tmp_path, stop_after):
+@pytest.mark.parametrize(
+    ("optimizer", "stop_after"),
+    [("adamw", 3), ("adamw", 9), ("adamw", 12), pytest.param("lars", 9, marks=timm)],
+)
+def test_resumed_run_repeats_the_uninterrupted_one_with_every_option(
+    tmp_path, optimizer, stop_after
+):
+    options = {**EVERYTHING, "optimizer": optimizer}
     expected: list = []
-    whole = losses_of(_trainer(**EVERYTHING), expected)
+    whole = losses_of(_trainer(**options), expected)
     whole.fit()
-    first = _trainer(tmp_path, **EVERYTHING)
-    resumed, losses = fit_in_two(first, lambda: _trainer(**EVERYTHING), tmp_path, stop_after)
+    first = _trainer(tmp_path, **options)
+    resumed, losses = fit_in_two(first, lambda: _trainer(**options), tmp_path, stop_after)
     assert losses == expected
     for part in ("model", "average"):
         ours, theirs = (getattr(t, part).state_dict() for t in (resumed, whole))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -10,18 +11,33 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from interrupted import fit_in_two, losses_of, running
+import torch.distributed as dist
+from interrupted import StopAfter, fit_in_two, losses_of, running
+from needs import gloo
+from ranks import (
+    Checks,
+    every,
+    latest_checkpoint,
+    ranks_here,
+    run_checks,
+    shared_folder,
+    train_on_two,
+)
 from torch import nn
+from trainers import tiny_net, trainer_for
 
 from resfast.training import data as data_module
+from resfast.training import stream
 from resfast.training.checkpoint import CheckpointFolder
 from resfast.training.config import OptionError, TrainConfig, UserError
 from resfast.training.data import load_dataset, read_image
-from resfast.training.loop import Trainer
+from resfast.training.distributed import Ranks
+from resfast.training.loop import Score, Stopped, Trainer, UnreadableError
 from resfast.training.stream import Crops, _begin_reading, _signals_held, default_workers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,13 +52,19 @@ def v2():
 
 @pytest.fixture
 def tree(tmp_path, v2) -> Path:
+    pytest.importorskip("PIL.Image", reason="images are read by Pillow")
+    return write_tree(tmp_path / "tree")
+
+
+def write_tree(root: Path) -> Path:
     """train/ and test/ of JPEG and PNG files of all kinds and sizes; each a constant of its own."""
-    image_module = pytest.importorskip("PIL.Image", reason="images are read by Pillow")
+    from PIL import Image as image_module
+
     modes = (("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"))
     number = 0
     for part, count in (("train", PER_CLASS), ("test", 4)):
         for name in CLASSES:
-            folder = tmp_path / "tree" / part / name
+            folder = root / part / name
             folder.mkdir(parents=True)
             for i in range(count):
                 mode, suffix = modes[number % len(modes)]
@@ -52,31 +74,22 @@ def tree(tmp_path, v2) -> Path:
                 image.paste((255 - number, 0, number), (0, 0, size[0] // 2, size[1] // 2))
                 image.convert(mode).save(folder / f"{i:02}.{suffix}")
                 number += 1
-    return tmp_path / "tree"
+    return root
 
 
 def net() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, stride=2, bias=False),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Dropout(0.2),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16, len(CLASSES)),
-    )
+    return tiny_net(4, 3, len(CLASSES), stride=2)
 
 
 def configure(tree: Path, **options) -> TrainConfig:
     plain = {"stream": "on", "workers": 0, "image_size": 16, "batch_size": 8, "epochs": 2}
-    return TrainConfig(data=str(tree), seed=3, lr=1e-2, **{**plain, **options}).validate()
+    return TrainConfig(data=str(tree), **{"seed": 3, "lr": 1e-2, **plain, **options}).validate()
 
 
-def make_trainer(tree: Path, folder: Path | None = None, **options) -> Trainer:
-    config = configure(tree, **options)
-    torch.manual_seed(config.seed)
-    kept = None if folder is None else CheckpointFolder(folder)
-    return Trainer(net(), load_dataset(config), config, folder=kept)
+def make_trainer(
+    tree: Path, folder: Path | None = None, ranks: Ranks | None = None, **options
+) -> Trainer:
+    return trainer_for(configure(tree, **options), net, folder, ranks)
 
 
 def all_batches(trainer: Trainer, epochs: int = 2) -> list[torch.Tensor]:
@@ -400,7 +413,7 @@ def test_bad_training_file_is_replaced_named_once_and_counted(tree, workers):
     said = sorted(str(w.message) for w in caught if "left out" in str(w.message))
     assert len(said) == 2
     assert all(str(tree / name) in text for name, text in zip(names, said, strict=True))
-    assert trainer.data.left_out == set(names)
+    assert set(trainer.data.left_out) == set(names)
     assert trainer.data.skipped == 2
     for epoch in range(2):
         good.sampler.epoch, good.sampler.batch = epoch, 0
@@ -459,10 +472,10 @@ def test_bad_file_stops_the_run_by_name_and_costs_no_step(tree, tmp_path, worker
 
 def test_left_out_files_are_remembered_by_the_checkpoint(tree, tmp_path):
     trainer = make_trainer(tree, bad_files="skip")
-    trainer.data.left_out.add("train/cat/00.jpg")
+    trainer.data.left_out["train/cat/00.jpg"] = "cut short"
     other = make_trainer(tree, bad_files="skip")
     other.load_state_dict(trainer.state_dict())
-    assert other.data.left_out == {"train/cat/00.jpg"}
+    assert set(other.data.left_out) == {"train/cat/00.jpg"}
 
 
 def test_where_nothing_can_be_read_the_run_ends(tree):
@@ -519,6 +532,185 @@ def test_a_killed_worker_is_one_clear_line(tree, monkeypatch):
     ) as e:
         trainer.fit()
     assert "\n" not in str(e.value)
+
+
+# ---- several ranks
+
+on_ranks = Checks()
+
+
+def shared_tree() -> Path:
+    """The same files for all ranks."""
+    root = shared_folder()
+    with ranks_here().together():
+        if dist.get_rank() == 0:
+            write_tree(root / "tree")
+    return root / "tree"
+
+
+def trained_on(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and targets of this rank's rows in each step to come."""
+    seen: list = []
+    step = trainer.train_step.__call__
+
+    class Step:
+        def __call__(self, inputs, targets, size):
+            seen.append((inputs, targets))
+            return step(inputs, targets, size)
+
+        def __getattr__(self, name):
+            return getattr(step.__self__, name)
+
+    trainer.train_step = Step()
+    return seen
+
+
+@contextlib.contextmanager
+def files_read() -> Iterator[list[str]]:
+    """Names of the files this process opens, in their order."""
+    names, read = [], stream.open_image
+
+    def noted(path, channels):
+        names.append(f"{path.parent.name}/{path.name}")
+        return read(path, channels)
+
+    stream.open_image = noted
+    try:
+        yield names
+    finally:
+        stream.open_image = read
+
+
+def check_ranks_share_the_batches(**options) -> list[int]:
+    """Returns how many files each rank read in an epoch of 4 batches of 9."""
+    tree = shared_tree()
+    options = {"epochs": 1, "batch_size": 9, **options}
+    together = make_trainer(tree, ranks=ranks_here(), **options)
+    ours, together.evaluate = trained_on(together), lambda images: Score(0.0, 1, 1)
+    with files_read() as names:
+        together.fit()
+    alone = make_trainer(tree, **options)
+    whole = trained_on(alone)
+    alone.fit()
+    assert len(ours) == len(whole) == 4
+    for step, batch in zip(ours, whole, strict=True):
+        for mine, all_rows in zip(step, batch, strict=True):
+            rows = torch.cat(together.ranks.rows(all_rows, together.config.accumulate))
+            torch.testing.assert_close(mine, rows, rtol=1e-6, atol=1e-6)
+    read = every(names)
+    assert len(set(read[0] + read[1])) == 36
+    assert all(len(set(each)) == len(each) for each in read), "no file twice"
+    return [len(each) for each in read]
+
+
+@on_ranks
+def each_rank_reads_the_images_it_trains_on_and_no_others():
+    assert check_ranks_share_the_batches() == [20, 16]
+    assert check_ranks_share_the_batches(accumulate=2) == [20, 16]
+
+
+@on_ranks
+def each_rank_reads_what_is_mixed_into_its_images_too():
+    counts = check_ranks_share_the_batches(mixup=0.4, cutmix=1.0, accumulate=2)
+    assert all(20 < count < 36 for count in counts)
+
+
+@on_ranks
+def a_run_of_two_ranks_goes_on_bit_for_bit_or_alone_with_the_same_images():
+    tree, folder = shared_tree(), shared_folder()
+    options = EVERYTHING | {"workers": 1}
+    whole = make_trainer(tree, ranks=ranks_here(), **options)
+    whole.fit()
+    first = make_trainer(tree, folder, ranks_here(), **options)
+    first.stop = StopAfter(first, 3)
+    with pytest.raises(Stopped):
+        first.fit()
+    state = latest_checkpoint(folder)
+    second = make_trainer(tree, ranks=ranks_here(), **options)
+    second.load_state_dict(state)
+    second.fit()
+    expected = whole.model.state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in second.model.state_dict().items())
+    if dist.get_rank() == 0:
+        alone, resumed = make_trainer(tree, **options), make_trainer(tree, **options)
+        resumed.load_state_dict(state)
+        seen = [trained_on(trainer) for trainer in (alone, resumed)]
+        alone.fit()
+        resumed.fit()
+        assert [len(each) for each in seen] == [8, 5]
+        for a, b in zip(seen[0][3:], seen[1], strict=True):
+            assert same(list(a), list(b))
+
+
+def spoiled_rows(tree: Path, batch: int, rows: list[int]) -> list[str]:
+    """Names of the images in these rows of a batch of the first epoch, which cannot be read now."""
+    trainer = make_trainer(tree)
+    files = trainer.data.train
+    indices = files.indices[trainer.sampler.rest()[batch][rows]]
+    names = [files.folder.names[index] for index in indices.tolist()]
+    with ranks_here().together():
+        if dist.get_rank() == 0:
+            for name in names:
+                spoil(tree / name)
+    return names
+
+
+@on_ranks
+def a_bad_file_of_one_rank_ends_the_run_on_all_and_costs_no_step():
+    tree, folder = shared_tree(), shared_folder()
+    (name,) = spoiled_rows(tree, 2, [6])  # of 8 rows rank 1 has the last four
+    trainer = make_trainer(tree, folder, ranks_here())
+    with pytest.raises(
+        UnreadableError, match=rf"^rank 1: cannot read image .*{name}.*skip"
+    ) as info:
+        trainer.fit()
+    assert every("00000002.pt; --resume" in str(info.value)) == [True, False]
+    state = latest_checkpoint(folder)
+    assert (state["step"], state["sampler"]["batch"]) == (2, 2)
+
+
+@on_ranks
+def bad_files_of_all_ranks_are_named_and_counted_by_rank_0():
+    tree = shared_tree()
+    names = spoiled_rows(tree, 1, [0, 7])
+    test = make_trainer(tree).data.validation
+    names.append(test.folder.names[int(test.indices[-1])])
+    if dist.get_rank() == 0:
+        spoil(tree / names[-1])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make_trainer(tree, ranks=ranks_here(), bad_files="skip")
+        trainer.fit()
+    told = [str(w.message) for w in caught if "left out" in str(w.message)]
+    assert sorted(trainer.data.left_out) == sorted(names)
+    assert len(told) == 3
+    assert all(any(name in text for text in told) for name in names)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory, v2):
+    return run_checks(on_ranks, tmp_path_factory.mktemp("ranks"))
+
+
+@gloo
+@pytest.mark.parametrize("name", [check.__name__ for check in on_ranks])
+def test_on_two_ranks(outcomes, name):
+    assert outcomes[name] == ["", ""], "\n".join(outcomes[name])
+
+
+@gloo
+def test_a_bad_file_of_one_process_of_torchrun_is_told_once(tree, tmp_path):
+    pytest.importorskip("matplotlib", reason="`resfast train` draws curves")
+    trainer = make_trainer(tree, seed=0)
+    files = trainer.data.train
+    late = files.indices[trainer.sampler.rest()[1][-1]]
+    spoil(tree / files.folder.names[int(late)])
+    options = f"--data {tree} --stream on --image-size 16 --workers 0 --batch-size 8 --sync-bn"
+    done = train_on_two(*options.split(), "--quiet", "--out", str(tmp_path / "run"))
+    assert done.returncode == 1
+    assert done.stderr.count("resfast train: error:") == 1, done.stderr
+    assert "error: rank 1: cannot read image" in done.stderr
+    assert CheckpointFolder(tmp_path / "run").load_latest()[0]["step"] == 1
 
 
 # ---- the commands

@@ -5,12 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import re
-import socket
 import subprocess
-import sys
-import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,8 +14,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from interrupted import StopAfter
-from ranks import run_checks
+from needs import gloo
+from ranks import (
+    Checks,
+    every,
+    latest_checkpoint,
+    ranks_here,
+    run_checks,
+    shared_folder,
+    train_on_two,
+)
 from torch import nn
+from trainers import trainer_for
 
 import resfast
 from resfast import cli
@@ -28,39 +34,16 @@ from resfast.testing import FLOOR_ULPS, SINGLE_FACTOR
 from resfast.training import run
 from resfast.training.checkpoint import CheckpointFolder, NonFiniteError
 from resfast.training.config import OptionError, TrainConfig, UserError
-from resfast.training.data import load_dataset
 from resfast.training.distributed import Ranks, job, join
 from resfast.training.loop import Stopped, Trainer, TrainStep
 from resfast.training.model import create_for
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 pytest.importorskip("matplotlib", reason="`resfast train` draws curves")
-pytestmark = [
-    pytest.mark.skipif(
-        not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"
-    ),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = [gloo, pytest.mark.usefixtures("one_thread")]
 
 CPU = torch.device("cpu")
-LIMIT_S = 120
-CHECKS = []
-
-
-def on_ranks(check):
-    """Mark a check for every rank to run."""
-    CHECKS.append(check)
-    return check
-
-
-def ranks_here() -> Ranks:
-    return Ranks(dist.get_rank(), dist.get_world_size())
-
-
-def every(value) -> list:
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+on_ranks = Checks()
 
 
 def equal_on_all(state: dict) -> bool:
@@ -79,14 +62,8 @@ def make_net() -> nn.Module:
 
 
 def make_trainer(folder: Path | None = None, ranks: Ranks | None = None, **options) -> Trainer:
-    ranks = ranks or ranks_here()
     config = TrainConfig(**{"epochs": 1, "seed": 3, "lr": 1e-2, "batch_size": 128, **options})
-    data = load_dataset(config.validate())
-    torch.manual_seed(config.seed)
-    trainer = Trainer(make_net(), data, config, ranks=ranks)
-    if folder is not None and ranks.rank == 0:
-        trainer.folder = CheckpointFolder(folder)
-    return trainer
+    return trainer_for(config, make_net, folder, ranks or ranks_here())
 
 
 def recorded(trainer: Trainer) -> list:
@@ -95,11 +72,13 @@ def recorded(trainer: Trainer) -> list:
     return rows
 
 
-def shared_folder() -> Path:
-    return Path(ranks_here().share(tempfile.mkdtemp()))
-
-
 # ---- one step, in float64: there a wrong share of anything stands out from rounding
+
+
+def own_step(step: TrainStep, *batch: torch.Tensor) -> torch.Tensor:
+    """The loss of a step on this rank's rows of the batch."""
+    own = [torch.cat(step.ranks.rows(each, step.parts)) for each in batch]
+    return step(*own, len(batch[0]))[0]
 
 
 def check_equals_one_process(**options) -> None:
@@ -118,7 +97,7 @@ def check_equals_one_process(**options) -> None:
         step.forward = step.network  # the step's own returns float32
     for _ in range(4):
         inputs, targets = torch.randn(22, 1, 8, 8).double(), torch.rand(22, 10).double().softmax(1)
-        losses = [float(step(inputs, targets)[0]) for step in steps]
+        losses = [float(own_step(step, inputs, targets)) for step in steps]
         assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     for name, value in one.state_dict().items():
         torch.testing.assert_close(
@@ -148,7 +127,7 @@ def gradients_travel_once_however_many_parts():
         return summed.then(lambda future: future.value()[0])
 
     step.parallel.register_comm_hook(None, hook)
-    step(torch.randn(16, 1, 8, 8), torch.arange(16) % 10)
+    own_step(step, torch.randn(16, 1, 8, 8), torch.arange(16) % 10)
     assert sent == [0]
 
 
@@ -252,9 +231,7 @@ def a_signal_to_one_rank_stops_all_and_the_run_goes_on_bit_for_bit():
     assert every(first.step) == [5, 5]
     assert every(first.last_checkpoint) == [folder / "checkpoint-00000005.pt", None]
     assert len(set(every(float(torch.rand(()))))) == 2
-    state = ranks_here().share(
-        CheckpointFolder(folder).load_latest()[0] if dist.get_rank() == 0 else None
-    )
+    state = latest_checkpoint(folder)
     torch.manual_seed(99)
     second = make_trainer(epochs=2)
     second.load_state_dict(state)
@@ -282,10 +259,10 @@ def what_fails_on_one_rank_fails_on_all_and_is_told_once():
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return run_checks(CHECKS, tmp_path_factory.mktemp("ranks"))
+    return run_checks(on_ranks, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
+@pytest.mark.parametrize("name", [check.__name__ for check in on_ranks])
 def test_on_two_ranks(outcomes, name):
     assert outcomes[name] == ["", ""], "\n".join(outcomes[name])
 
@@ -296,19 +273,7 @@ SHORT = ["--epochs", "2", "--image-size", "4", "--optimizer", "sgd", "--lr", "0.
 
 
 def torchrun(folder: Path, *options: str, fault: str = "") -> subprocess.CompletedProcess[str]:
-    with socket.socket() as free:  # for the rendezvous: a plain torchrun does not find one itself
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    worker = [str(Path(__file__).with_name("faulty_rank.py"))] if fault else ["-m", "resfast.cli"]
-    launcher = f"-m torch.distributed.run --nproc-per-node 2 --master-port {port} --max-restarts"
-    command = [sys.executable, *launcher.split(), "1" if "KILL" in fault else "0", *worker, "train"]
-    return subprocess.run(
-        [*command, *SHORT, "--sync-bn", *options, "--out", str(folder)],
-        env=os.environ | {"FAULT": fault, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-    )
+    return train_on_two(*SHORT, "--sync-bn", *options, "--out", str(folder), fault=fault)
 
 
 def read_rows(folder: Path) -> list[dict]:

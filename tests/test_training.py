@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import zipfile
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import pytest
 import torch
 from interrupted import COMMAND, StopAfter, running
 from torch import nn
+from trainers import tiny_net, trainer_for
 
 from resfast.training import checkpoint as ckpt
+from resfast.training import data as data_module
 from resfast.training.checkpoint import CheckpointError, CheckpointFolder, NonFiniteError
 from resfast.training.config import OptionError, TrainConfig, UserError
 from resfast.training.data import Augment, SeededSampler, load_dataset, stratified_split
@@ -27,26 +30,9 @@ CPU = torch.device("cpu")
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 
-def tiny_net(classes: int = 10, channels: int = 1) -> nn.Module:
-    """Stock layers with all kinds of state: weights, running statistics, random numbers."""
-    return nn.Sequential(
-        nn.Conv2d(channels, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Dropout(0.1),
-        nn.AdaptiveAvgPool2d(4),
-        nn.Flatten(),
-        nn.Linear(128, classes),
-    )
-
-
 def make_trainer(folder: Path | None = None, *, losses: list | None = None, **options) -> Trainer:
     config = TrainConfig(**{"epochs": 2, "seed": 3, "lr": 1e-2, **options})
-    data = load_dataset(config)
-    torch.manual_seed(config.seed)
-    trainer = Trainer(
-        tiny_net(), data, config, folder=None if folder is None else CheckpointFolder(folder)
-    )
+    trainer = trainer_for(config, lambda: tiny_net(8, padding=1), folder)
     if losses is not None:
         trainer.progress = lambda step, loss: losses.append((step, loss))
     return trainer
@@ -114,22 +100,32 @@ def test_sampler_refuses_a_batch_larger_than_the_set_and_another_sets_state():
 def test_augment_shifts_by_whole_pixels_within_bounds_and_repeats():
     image = torch.zeros(64, 1, 8, 8)
     image[:, :, 4, 4] = 1
-    out = Augment(2, False, seed=0)(image, epoch=0, batch=0)
+    out = Augment(2, False, seed=0)(image, 0, 0, torch.arange(64), 64)
     assert out.shape == image.shape
     assert torch.equal(out.sum((1, 2, 3)), torch.ones(64))
     rows, columns = out.nonzero()[:, 2:].T
     assert set(rows.tolist()) == set(columns.tolist()) == {2, 3, 4, 5, 6}
-    assert torch.equal(out, Augment(2, False, seed=0)(image, epoch=0, batch=0))
-    assert not torch.equal(out, Augment(2, False, seed=0)(image, epoch=0, batch=1))
+    assert torch.equal(out, Augment(2, False, seed=0)(image, 0, 0, torch.arange(64), 64))
+    assert not torch.equal(out, Augment(2, False, seed=0)(image, 0, 1, torch.arange(64), 64))
 
 
 def test_augment_mirrors_some_images_only():
     image = torch.rand(64, 3, 4, 4)
-    out = Augment(0, True, seed=0)(image, epoch=0, batch=0)
+    out = Augment(0, True, seed=0)(image, 0, 0, torch.arange(64), 64)
     same = (out == image).flatten(1).all(1)
     mirrored = (out == image.flip(3)).flatten(1).all(1)
     assert (same ^ mirrored).all()
     assert 16 <= mirrored.sum() <= 48
+
+
+def test_some_rows_are_augmented_as_in_the_whole_batch():
+    """What a rank of several asks for."""
+    trainer = make_trainer(shift=2, flip=True)
+    indices, rows = trainer.sampler.rest()[0], torch.tensor([40, 3, 17, 18])
+    pixels, labels = trainer.feed.batch(indices, 0, 1)
+    some, few = trainer.feed.batch(indices, 0, 1, rows)
+    assert torch.equal(some, pixels[rows])
+    assert torch.equal(few, labels[rows])
 
 
 def write_image_tree(root: Path, count: int = 6, split: tuple[str, ...] = ("train", "test")):
@@ -153,6 +149,29 @@ def test_folder_with_train_and_test_keeps_them_apart(tmp_path):
     assert torch.equal(data.test.pixels[:, 0, 0, 0].long(), 80 * data.test.labels)
     resized = load_dataset(TrainConfig(data=str(tmp_path), image_size=6))
     assert resized.image_shape == (3, 6, 6)
+
+
+@pytest.mark.parametrize("side", [12, 64])
+def test_small_files_are_read_by_one_thread_and_large_ones_by_several(tmp_path, monkeypatch, side):
+    image_module = pytest.importorskip("PIL.Image")
+    noise = torch.randint(0, 256, (30, side, side, 3), dtype=torch.uint8)
+    for i, pixels in enumerate(noise):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        image = image_module.frombytes("RGB", (side, side), pixels.numpy().tobytes())
+        image.save(tmp_path / "ab"[i % 2] / f"{i:02}.png")
+    threads, read = set(), data_module.read_image
+
+    def noted(path, channels, size):
+        if size is not None:
+            threads.add(threading.get_ident())
+        return read(path, channels, size)
+
+    monkeypatch.setattr(data_module, "read_image", noted)
+    data = load_dataset(TrainConfig(data=str(tmp_path)))
+    assert (threads == {threading.get_ident()}) is (side == 12)
+    parts = (data.train, data.validation, data.test)
+    found = {image.numpy().tobytes() for part in parts for image in part.pixels}
+    assert found == {image.permute(2, 0, 1).contiguous().numpy().tobytes() for image in noise}
 
 
 @pytest.mark.parametrize("break_it", ["missing class", "not an image", "no classes"])

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
+# At least 3:1 against white and against the dark page of a run, as WCAG 2 asks of lines.
+TRAIN, VALIDATION, RATE, BATCH = "tab:blue", "#d95f02", "tab:green", "0.55"
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
@@ -38,9 +41,9 @@ def draw_curves(
     if epochs and steps:
         per_epoch = epochs[-1]["step"] / epochs[-1]["epoch"]
         at = [row["step"] / per_epoch for row in steps]
-        left.plot(at, [row["loss"] for row in steps], color="0.75", lw=0.8, label="one batch")
-        rate.plot(at, [row["lr"] for row in steps], color="tab:green", label="learning rate")
-    for name, colour in (("train", "tab:blue"), ("validation", "tab:orange")):
+        left.plot(at, [row["loss"] for row in steps], color=BATCH, lw=0.8, label="one batch")
+        rate.plot(at, [row["lr"] for row in steps], color=RATE, label="learning rate")
+    for name, colour in (("train", TRAIN), ("validation", VALIDATION)):
         style = {"color": colour, "marker": "o", "ms": 3, "label": name}
         left.plot(numbers, [row[f"{name}_loss"] for row in epochs], **style)
         right.plot(numbers, [row[f"{name}_accuracy"] for row in epochs], **style)

@@ -22,8 +22,8 @@ EXPORTS: dict[str, tuple[str, ...]] = {
 BAD_FILES = ("fail", "skip")
 STREAM = ("auto", "on", "off")
 BUILT_IN = ("digits", "synthetic")
-OPTIMIZERS = ("adam", "adamw", "sgd")
-DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05}
+OPTIMIZERS = ("adam", "adamw", "sgd", "lars")
+DEFAULT_LR = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05, "lars": 2.0}
 INSTALL_HINT = 'pip install "resfast[train]"'
 
 
@@ -71,12 +71,15 @@ class TrainConfig:
         1, "parts a step's images go through the network in, one after the other"
     )
     optimizer: str = _option(
-        "adam", "adam, adamw, or sgd (momentum 0.9, Nesterov)", choices=OPTIMIZERS
+        "adam",
+        "adam, adamw, sgd (momentum 0.9, Nesterov), or lars (momentum 0.9, for large batches, "
+        "arXiv:1708.03888; needs timm)",
+        choices=OPTIMIZERS,
     )
     lr: float | None = _option(
         None,
         "peak learning rate, after warm-up and before cosine decay",
-        shown="adam and adamw 1e-3, sgd 0.05",
+        shown="adam and adamw 1e-3, sgd 0.05, lars 2",
     )
     warmup: float = _option(0.05, "share of the steps in which the learning rate rises")
     l1: float = _option(0.0, "L1 penalty: adds l1·Σ|w| over convolution and linear weights")
@@ -167,6 +170,8 @@ class TrainConfig:
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise OptionError(f"--lr must be a finite number above 0, got {self.lr}")
         _one_of("--optimizer", self.optimizer, OPTIMIZERS)
+        if self.optimizer == "lars":
+            lars()
         _one_of("--bad-files", self.bad_files, BAD_FILES)
         _one_of("--stream", self.stream, STREAM)
         _one_of("--dtype", self.dtype, DTYPES)
@@ -220,6 +225,21 @@ def check_device(name: str) -> None:
         raise OptionError(f"--device {name}: {built}; use --device cpu, or see `resfast info`")
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise OptionError(f"--device {name}: only {torch.cuda.device_count()} GPU(s) are visible")
+
+
+def lars() -> Any:
+    """timm's class.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    try:
+        from timm.optim import Lars
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision for another torch
+        raise UserError(
+            f"--optimizer lars needs timm: pip install timm ({str(error).splitlines()[0]})"
+        ) from None
+    return Lars
 
 
 def resolve_device(name: str) -> Any:

@@ -73,6 +73,22 @@ class Ranks:
         dist.broadcast_object_list(box)
         return box[0]
 
+    def union(self, values: dict[str, str]) -> dict[str, str]:
+        """What any rank has; of a key that several have, the last one's value."""
+        if self.size == 1:
+            return values
+        each: list[dict[str, str]] = [{}] * self.size
+        dist.all_gather_object(each, values)
+        return {key: value for one in each for key, value in one.items()}
+
+    def first(self, problem: str | None) -> str | None:
+        """What the first rank that has a problem says, on all ranks."""
+        if not self.highest(int(problem is not None)):
+            return None
+        told = {} if problem is None else {str(self.rank): problem}
+        rank, problem = next(iter(self.union(told).items()))
+        return f"rank {rank}: {problem}" if int(rank) else problem
+
     def equalise(self, tensors: Iterable[Tensor]) -> None:
         """Makes them rank 0's, in place."""
         if self.size > 1:

@@ -30,10 +30,10 @@ from resfast.training.checkpoint import (
     WriteError,
     require_finite,
 )
-from resfast.training.config import TrainConfig, UserError
-from resfast.training.data import Dataset, Part, SeededSampler
+from resfast.training.config import TrainConfig, UserError, lars
+from resfast.training.data import Dataset, Part, SeededSampler, leave_out
 from resfast.training.distributed import Ranks
-from resfast.training.mix import Mix
+from resfast.training.mix import Mix, Share
 from resfast.training.stream import clear_worker_errors
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class Stopped(Exception):
         self.signum = signum
 
 
-class _Unreadable(UserError):
-    """A batch of streamed images: met late, when steps are done that shall not be lost."""
+class UnreadableError(UserError):
+    """Of streamed images: met late, when steps are done that shall not be lost; on all ranks."""
 
 
 class StopSignals:
@@ -85,7 +85,7 @@ class TrainStep:
     The objective is mean cross-entropy + l1·Σ|w|; l2 is the optimizer's weight decay, so the
     gradient becomes dCE/dw + l1·sign(w) + l2·w (AdamW: decoupled). l1 touches convolution and
     linear weights only, and so does l2 unless asked otherwise. The returned loss is the
-    cross-entropy alone. Of several ranks each takes its part of the batch.
+    cross-entropy alone.
     """
 
     def __init__(
@@ -109,10 +109,13 @@ class TrainStep:
         self.optimizer = build_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean loss, logits of this rank's rows).
+    def __call__(
+        self, inputs: Tensor, targets: Tensor, size: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(mean loss over the batch, logits of these rows).
 
-        ``targets``: labels ``[N]``, or probabilities ``[N, classes]``.
+        ``inputs``, ``targets``: of a batch of ``size`` images `Ranks.rows` of this rank, without
+        ``size`` the whole. ``targets``: labels ``[N]``, or probabilities ``[N, classes]``.
 
         Raises:
             NonFiniteError: on CPU, of any rank's loss or gradient; the model is then as it was
@@ -124,14 +127,16 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         losses: list[Tensor] = []
         outputs: list[Tensor] = []
-        own = (self.ranks.rows(batch, self.parts) for batch in (inputs, targets))
+        size = len(inputs) if size is None else size
+        lengths = [len(rows) for rows in self.ranks.rows(torch.arange(size), self.parts)]
+        own = zip(inputs.split(lengths), targets.split(lengths), strict=True)
         try:
-            for number, (x, target) in enumerate(zip(*own, strict=True), 1):
+            for number, (x, target) in enumerate(own, 1):
                 with self._gradients_stay_here(number < self.parts):
                     logits = self.forward(x)
                     loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
                     # times size, for gradients become the mean over the ranks
-                    loss = loss * (len(x) / len(inputs) * self.ranks.size)
+                    loss = loss * (len(x) / size * self.ranks.size)
                     penalty: Tensor | float = 0.0
                     if self.l1 and not losses:
                         penalty = self.l1 * sum(w.abs().sum() for w in self.penalised)
@@ -196,6 +201,12 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         {"params": decayed, "weight_decay": config.l2},
         {"params": rest, "weight_decay": config.l2 if config.decay_all else 0.0},
     ]
+    if config.optimizer == "lars":
+        # without weight decay timm's adapts nothing unless told; biases and norms are left as with
+        # SGD, as large batches are usually trained, unless they decay too
+        groups[0]["always_adapt"] = True
+        optimizer: torch.optim.Optimizer = lars()(groups, lr=config.peak_lr, momentum=0.9)
+        return optimizer
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.peak_lr, momentum=0.9, nesterov=True)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
@@ -238,6 +249,16 @@ def evaluate(
     keep: Keep | None = None,
 ) -> Score:
     """`forward` maps prepared inputs to logits; the caller has set evaluation mode."""
+    return _score(*_sums(forward, images, prepare, keep), len(images))
+
+
+def _sums(
+    forward: Callable[[Tensor], Tensor],
+    images: Part,
+    prepare: Callable[[Tensor], Tensor],
+    keep: Keep | None,
+) -> tuple[float, int, int]:
+    """Loss, how many are right, how many there are: of the images that can be read."""
     loss, correct, count = 0.0, 0, 0
     with torch.no_grad():
         for pixels, labels in images.batches(EVAL_BATCH):
@@ -247,8 +268,12 @@ def evaluate(
             count += len(labels)
             if keep is not None:
                 keep(pixels, labels, logits)
+    return loss, correct, count
+
+
+def _score(loss: float, correct: int, count: int, images: int) -> Score:
     if not count:
-        raise UserError(f"none of {len(images):,} images could be read")
+        raise UnreadableError(f"none of {images:,} images could be read")
     return Score(loss / count, correct, count)
 
 
@@ -309,7 +334,8 @@ class Trainer:
 
         Raises:
             Stopped, NonFiniteError, WriteError: the checkpoints being sound.
-            UserError: of streamed images, see `stream.py`.
+            UnreadableError: what is done being saved.
+            UserError: a process that reads images died.
         """
         last = self.config.epochs if until is None else until
         try:
@@ -327,8 +353,8 @@ class Trainer:
             with contextlib.suppress(WriteError, NonFiniteError):
                 self.save()
             raise
-        except _Unreadable as error:
-            raise UserError(self._with_saved(error)) from None
+        except UnreadableError as error:
+            raise UnreadableError(self._with_saved(error)) from None
         finally:
             self.feed.close()
 
@@ -344,20 +370,21 @@ class Trainer:
         def forward(inputs: Tensor) -> Tensor:
             return self.train_step.forward(inputs, model)
 
-        shared = 1 < self.ranks.size <= len(images)
+        part, shared = images, 1 < self.ranks.size <= len(images)
         if shared:
-            images = images.select(self.ranks.part(torch.arange(len(images))))
-        score = evaluate(forward, images.to(self.device), self.data.normalise, keep)
-        if not shared:
-            return score
-        sums = torch.tensor([score.loss * score.images, score.correct, score.images]).double()
-        loss, correct, count = self.ranks.sum(sums).tolist()
-        return Score(loss / count, int(correct), int(count))
+            part = images.select(self.ranks.part(torch.arange(len(images))))
+        with self._readable():
+            sums = _sums(forward, part.to(self.device), self.data.normalise, keep)
+        if shared:
+            loss, correct, count = self.ranks.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
+            sums = loss, int(correct), int(count)
+        return _score(*sums, len(images))
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Augmented, normalised inputs and labels of the sampler's current batch."""
+        """Augmented, normalised inputs and labels of this rank's share of the current batch."""
+        epoch, batch = self.sampler.epoch, self.sampler.batch
         started = time.perf_counter()
-        pixels, labels = self.feed.batch(indices, self.sampler.epoch, self.sampler.batch)
+        pixels, labels = self.feed.batch(indices, epoch, batch, self.share(indices, batch).rows)
         self._waiting += time.perf_counter() - started
         inputs = self.data.normalise(pixels)
         size = self.image_size()
@@ -365,6 +392,12 @@ class Trainer:
             inputs = F.interpolate(inputs, size, mode="bilinear", antialias=True)
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         return inputs, labels
+
+    def share(self, indices: Tensor, batch: int) -> Share:
+        """This rank's, of a batch of this epoch."""
+        size = len(indices)
+        own = torch.cat(self.ranks.rows(torch.arange(size), self.config.accumulate))
+        return self.mix.share(own, size, self.sampler.epoch, batch)
 
     def image_size(self) -> tuple[int, int]:
         """Height and width in this epoch: they grow from the start size in equal steps."""
@@ -428,7 +461,7 @@ class Trainer:
         self.step = state["step"]
         self.seconds = state["seconds"]
         self.waited = state.get("waited", 0.0)
-        self.data.left_out.update(state.get("left_out", ()))
+        self.data.left_out.update(dict.fromkeys(state.get("left_out", ()), ""))
         self.best = state["best"]
         self._reset_totals()
         for key, value in state["totals"].items():
@@ -442,20 +475,25 @@ class Trainer:
     def _train_epoch(self) -> None:
         self.model.train()
         config, sampler, in_a_row = self.config, self.sampler, 0
-        self.feed.expect(sampler.epoch, sampler.rest())
+        coming = enumerate(sampler.rest(), sampler.batch + 1)
+        self.feed.expect(
+            sampler.epoch, [batch[self.share(batch, number).rows] for number, batch in coming]
+        )
         for indices in sampler:
             self.ranks.seed(config.seed, self.step)
             try:
-                inputs, labels = self.batch(indices)
-            except UserError as error:
+                with self._readable():
+                    inputs, labels = self.batch(indices)
+            except UnreadableError:
                 sampler.batch -= 1  # this batch was not trained on
-                raise _Unreadable(str(error)) from error
-            inputs, targets = self.mix(inputs, labels, sampler.epoch, sampler.batch)
+                raise
+            share = self.share(indices, sampler.batch)
+            inputs, targets = self.mix(inputs, labels, share, sampler.epoch, sampler.batch)
             self.train_step.set_lr(
                 learning_rate(self.step, self.total_steps, config.peak_lr, config.warmup)
             )
             try:
-                loss, logits = self.train_step(inputs, targets)
+                loss, logits = self.train_step(inputs, targets, len(indices))
             except NonFiniteError as error:
                 in_a_row += 1
                 if in_a_row > config.max_skipped:
@@ -471,15 +509,33 @@ class Trainer:
             if self.average is not None:
                 self.average.update_parameters(self.model)
             self._totals["loss"] += loss
-            right = logits.argmax(1) == torch.cat(self.ranks.rows(labels, config.accumulate))
+            right = logits.argmax(1) == labels[: share.own]
             self._totals["correct"] += self.ranks.sum(right.sum())
-            self._totals["images"] += len(labels)
+            self._totals["images"] += len(indices)
             self._totals["steps"] += 1
             self._log_step(loss)
             if config.save_every and self.step % config.save_every == 0:
-                self.save()
+                self._save_together()
             if self._signum() is not None:
                 break
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        """What one rank cannot read ends the run on all, which are then at the same step."""
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as caught:
+            error = caught
+        told = self.ranks.first(None if error is None else str(error))
+        if told is not None:
+            raise UnreadableError(told) from error
+
+    def _save_together(self) -> Path | None:
+        """Saves, when all ranks do: each has met the bad files of its share only."""
+        for name, problem in self.ranks.union(self.data.left_out).items():
+            leave_out(self.data.left_out, name, problem)
+        return self.save()
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
@@ -552,13 +608,13 @@ class Trainer:
             self.best = best  # not before it is written: else a checkpoint would tell of it
         self.sampler.next_epoch()
         self._reset_totals()
-        self.save()
+        self._save_together()
 
     def _leave_if_stopped(self, saved: bool = False) -> None:
         signum = self._signum()
         if signum is not None and self.sampler.epoch < self.config.epochs:
             if not saved:
-                self.save()
+                self._save_together()
             raise Stopped(signum)
 
     def _signum(self) -> int | None:
@@ -580,9 +636,10 @@ class Trainer:
 
     def _with_saved(self, error: UserError) -> str:
         """A streamed file that cannot be read is met late, and costs no step that was done."""
-        if self.folder is None:
-            return str(error)
-        return f"{error}; saved {self.save()}; --resume goes on from there"
+        saved = self._save_together()
+        return (
+            str(error) if saved is None else f"{error}; saved {saved}; --resume goes on from there"
+        )
 
     def _reset_totals(self) -> None:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,14 @@ from torch import Tensor
 from resfast.training.data import seeded
 
 _MIX = 4  # after data.py's keys
+
+
+class Share(NamedTuple):
+    """What one of several ranks needs of a batch."""
+
+    rows: Tensor  # of the batch: its own, then those that are only mixed into them
+    own: int  # how many
+    partners: Tensor  # of each of its own: where in `rows` the one is that is mixed into it
 
 
 class Mix:
@@ -27,35 +36,48 @@ class Mix:
         self.classes = classes
         self.seed = seed
 
+    def share(self, own: Tensor, size: int, epoch: int, batch: int) -> Share:
+        """For these rows of a batch of ``size`` images."""
+        if not (self.mixup or self.cutmix):
+            return Share(own, len(own), own)
+        generator = seeded(self.seed, _MIX, epoch, batch)
+        partners = torch.randperm(size, generator=generator)[own]
+        rows = torch.cat([own, partners[~torch.isin(partners, own)]])
+        place = torch.empty(size, dtype=torch.long)
+        place[rows] = torch.arange(len(rows))
+        return Share(rows, len(own), place[partners])
+
     def __call__(
-        self, inputs: Tensor, labels: Tensor, epoch: int, batch: int
+        self, inputs: Tensor, labels: Tensor, share: Share, epoch: int, batch: int
     ) -> tuple[Tensor, Tensor]:
+        """``inputs``, ``labels``: of the share's rows; what is returned: of its own."""
         if not (self.mixup or self.cutmix):
             return inputs, labels
-        generator = seeded(self.seed, _MIX, epoch, batch)
-        draw = random.Random(generator.initial_seed())
-        partner = torch.randperm(len(labels), generator=generator).to(labels.device)
-        if self.cutmix and (not self.mixup or draw.random() < 0.5):
-            share = draw.betavariate(self.cutmix, self.cutmix)
-            inputs, share = self._paste(inputs, partner, share, draw)
-        else:
-            share = draw.betavariate(self.mixup, self.mixup)
-            inputs = torch.lerp(inputs[partner], inputs, share)
+        draw = random.Random(seeded(self.seed, _MIX, epoch, batch).initial_seed())
+        partners = share.partners.to(labels.device)
         targets = F.one_hot(labels, self.classes).to(inputs.dtype)
-        return inputs, torch.lerp(targets[partner], targets, share)
+        others, other_targets = inputs[partners], targets[partners]
+        inputs, targets = inputs[: share.own], targets[: share.own]
+        if self.cutmix and (not self.mixup or draw.random() < 0.5):
+            ratio = draw.betavariate(self.cutmix, self.cutmix)
+            inputs, ratio = self._paste(inputs, others, ratio, draw)
+        else:
+            ratio = draw.betavariate(self.mixup, self.mixup)
+            inputs = torch.lerp(others, inputs, ratio)
+        return inputs, torch.lerp(other_targets, targets, ratio)
 
     @staticmethod
     def _paste(
-        inputs: Tensor, partner: Tensor, share: float, draw: random.Random
+        inputs: Tensor, others: Tensor, ratio: float, draw: random.Random
     ) -> tuple[Tensor, float]:
-        """A box of about 1 − share of the area, at a random place, cut off at the border."""
+        """A box of about 1 − ratio of the area, at a random place, cut off at the border."""
         height, width = inputs.shape[2:]
-        ratio = math.sqrt(1 - share)
+        side = math.sqrt(1 - ratio)
         y, x = draw.randrange(height), draw.randrange(width)
-        half_y, half_x = int(height * ratio) // 2, int(width * ratio) // 2
+        half_y, half_x = int(height * side) // 2, int(width * side) // 2
         rows = slice(max(0, y - half_y), min(height, y + half_y))
         columns = slice(max(0, x - half_x), min(width, x + half_x))
         mixed = inputs.clone()
-        mixed[:, :, rows, columns] = inputs[partner][:, :, rows, columns]
+        mixed[:, :, rows, columns] = others[:, :, rows, columns]
         pasted = (rows.stop - rows.start) * (columns.stop - columns.start)
         return mixed, 1 - pasted / (height * width)

@@ -27,6 +27,9 @@ _INK = "#010203"
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --accent: 31 119 180; }
+:root { --paper: #ffffff; --ink: #1a1a1a; }
+@media (prefers-color-scheme: dark) { :root { --paper: #16181d; --ink: #e6e6e6; } }
+body { color: var(--ink); background: var(--paper); }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
 table { border-collapse: collapse; } th { text-align: left; font-weight: 600; }
@@ -241,6 +244,8 @@ def _curves(rows: list[dict[str, Any]]) -> str:
     svg = file.getvalue().decode()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # HTML knows them
+    what = "Loss, accuracy and learning rate over the epochs"
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{what}"', 1)
     return svg.replace("xlink:href", "href").replace(_INK, "currentColor")
 
 

@@ -7,9 +7,23 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resfast.training.checkpoint import write_atomically, writing
+
+if TYPE_CHECKING:
+    from resfast.training.loop import Score
+
+
+def judged(score: Score) -> dict[str, Any]:
+    """A score as a record keeps it, with its interval."""
+    return {
+        "accuracy": score.accuracy,
+        "correct": score.correct,
+        "images": score.images,
+        "loss": score.loss,
+        "interval_95": list(binomial_interval(score.correct, score.images)),
+    }
 
 
 class Recorder:

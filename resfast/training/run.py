@@ -36,13 +36,21 @@ from resfast.training.config import (
     UserError,
     check_model,
 )
-from resfast.training.data import load_dataset
+from resfast.training.data import Dataset, load_dataset
 from resfast.training.distributed import Ranks, job, join
-from resfast.training.loop import Score, Stopped, StopSignals, Trainer, TrainStep, place
+from resfast.training.loop import (
+    Score,
+    Stopped,
+    StopSignals,
+    Trainer,
+    TrainStep,
+    UnreadableError,
+    place,
+)
 from resfast.training.model import create_for, model_names
 from resfast.training.page import PAGE, Answers, Predictions, render
 from resfast.training.predict import find_checkpoint
-from resfast.training.report import Progress, Recorder, binomial_interval, on_row, table
+from resfast.training.report import Progress, Recorder, judged, on_row, table
 from resfast.training.scalars import Scalars
 
 # Images up to this side train in one thread unless told otherwise: their steps are short, and
@@ -68,7 +76,7 @@ def train(
     ranks = join()
     if ranks.rank:
         quiet = True
-        warnings.simplefilter("ignore")  # rank 0 gives the same
+        warnings.simplefilter("ignore")  # rank 0 gives the same, or gathers them
     try:
         with ranks.contact():
             alone = ranks.size == 1
@@ -108,8 +116,7 @@ def _train(
         data = load_dataset(config)
     # what is written down is what happened, wherever the limit lies later
     config = config.resolved(streamed=data.workers is not None)
-    if threads := config.threads or (max(data.image_shape[1:]) <= SMALL_SIDE):
-        torch.set_num_threads(int(threads))
+    set_threads(config, data)
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)
@@ -169,7 +176,7 @@ def _train(
                 )
             ranks.leave()
             return 128 + stopped.signum
-        except NonFiniteError as error:
+        except (NonFiniteError, UnreadableError) as error:
             ranks.leave()  # all have the same error
             if first:
                 raise
@@ -183,6 +190,11 @@ def _train(
             return 0
         trainer.ranks = Ranks()
         return _finish(trainer, folder, header, comparison, stop, quiet)
+
+
+def set_threads(config: TrainConfig, data: Dataset) -> None:
+    if threads := config.threads or (max(data.image_shape[1:]) <= SMALL_SIDE):
+        torch.set_num_threads(int(threads))
 
 
 def race_with_eager(
@@ -243,7 +255,6 @@ def _metrics(
     trainer: Trainer, header: dict[str, Any], score: Score, steps: Race | None
 ) -> dict[str, Any]:
     config, data = trainer.config, trainer.data
-    low, high = binomial_interval(score.correct, score.images)
     return header | {
         "finished": now(),
         "model": {
@@ -259,13 +270,7 @@ def _metrics(
             "workers": data.workers,
             "fingerprint": trainer.fingerprint,
         },
-        "test": {
-            "accuracy": score.accuracy,
-            "correct": score.correct,
-            "images": score.images,
-            "loss": score.loss,
-            "interval_95": [low, high],
-        },
+        "test": judged(score),
         "best": trainer.best,
         "training": {
             "epochs": trainer.sampler.epoch,

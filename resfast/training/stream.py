@@ -10,7 +10,6 @@ import contextlib
 import gc
 import os
 import signal
-import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from resfast.training.data import (
     Dataset,
     Feed,
     Trees,
+    leave_out,
     open_image,
     require_images,
     seeded,
@@ -155,17 +155,20 @@ class _Folder:
     crops: Crops
     strict: bool
     workers: int
-    left_out: set[str] = field(default_factory=set)
+    left_out: dict[str, str] = field(default_factory=dict)  # bad file → what is wrong with it
 
     def load(
         self, reader: _Reader, epoch: int, batches: list[Tensor], device: torch.device
     ) -> Generator[_Loaded]:
         """The batches in order, read ahead by processes that start with the first."""
+        workers = min(self.workers, len(batches))
         loader = DataLoader(
             reader,
             batch_size=None,
             sampler=(_Key(epoch, indices.tolist()) for indices in batches),
-            num_workers=min(self.workers, len(batches)),
+            num_workers=workers,
+            # not Python 3.14's default, which would import torch anew in each, in every epoch
+            multiprocessing_context="fork" if workers else None,
             collate_fn=_as_it_is,
             worker_init_fn=_begin_reading,
             pin_memory=device.type == "cuda",
@@ -177,13 +180,11 @@ class _Folder:
             yield from processes
 
     def accept(self, loaded: _Loaded, device: torch.device) -> tuple[Tensor, Tensor]:
-        """In the trainer's process, where each bad file is named once."""
+        """In the trainer's process."""
         if loaded.fatal:
             raise UserError(loaded.fatal)
         for name, problem in loaded.problems:
-            if name not in self.left_out:
-                self.left_out.add(name)
-                warnings.warn(f"left out: {problem}", stacklevel=2)
+            leave_out(self.left_out, name, problem)
         pixels = loaded.pixels.to(device, non_blocking=True)
         return pixels, loaded.labels.to(device, non_blocking=True)
 
@@ -312,7 +313,11 @@ class _StreamFeed:
         self._expected = deque((epoch, indices) for indices in batches)
         self._loaded = self.files.folder.load(self.reader, epoch, batches, self.files.device)
 
-    def batch(self, indices: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, indices: Tensor, epoch: int, batch: int, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if rows is not None:
+            indices = indices[rows]
         if self._loaded is not None and self._is_next(epoch, indices):
             self._expected.popleft()
             loaded = next(self._loaded)
