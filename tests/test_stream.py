@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import multiprocessing
@@ -38,7 +39,7 @@ from resfast.training.config import OptionError, TrainConfig, UserError
 from resfast.training.data import load_dataset, read_image
 from resfast.training.distributed import Ranks
 from resfast.training.loop import Score, Stopped, Trainer, UnreadableError
-from resfast.training.stream import Crops, _begin_reading, _signals_held, default_workers
+from resfast.training.stream import Crops, _begin_reading, _forking, default_workers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = ("cat", "dog", "owl")
@@ -730,10 +731,33 @@ def _reader(pipe) -> None:
     time.sleep(100)
 
 
+def test_a_reader_leaves_the_garbage_it_inherits_alone(tree, tmp_path):
+    """Which may be a dead trainer's process group, whose end waits for threads no fork has."""
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            (tmp_path / f"collected-by-{os.getpid()}").touch()
+
+    making, thresholds = [True], gc.get_threshold()
+    os.register_at_fork(before=lambda: making and Cycle() and None)
+    trainer = make_trainer(tree, workers=2)
+    gc.set_threshold(1)
+    try:
+        all_batches(trainer, 1)
+    finally:
+        making.clear()
+        gc.set_threshold(*thresholds)
+    gc.collect()
+    assert [p.name for p in tmp_path.glob("collected-by-*")] == [f"collected-by-{os.getpid()}"]
+
+
 def test_a_reader_outlives_the_first_signals_for_a_while():
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    with _signals_held():
+    with _forking():
         process = context.Process(target=_reader, args=(theirs,), daemon=True)
         process.start()
         os.kill(process.pid, signal.SIGTERM)

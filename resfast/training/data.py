@@ -32,8 +32,8 @@ SOUND_SUFFIXES = (".wav",)
 # Pixels of a file that is refused as a decompression bomb: what Pillow warns of.
 LARGEST_IMAGE = 2**30 // 4 // 3
 # Bytes of a file up to which a folder is read by one thread. Most of that work is Pillow's Python,
-# at which threads only wait for each other: on two cores six took 1.7 times as long over CIFAR-10's
-# JPEGs as one, and four times the processor time.
+# at which threads only wait for each other: on two cores six took twice as long over CIFAR-10's
+# JPEGs as one, and three times the processor time.
 SMALL_FILE = 4096
 _ORDER, _AUGMENT, _SPLIT, _SYNTHETIC = range(4)
 

@@ -175,7 +175,7 @@ class _Folder:
             generator=torch.Generator(),  # or it would draw from the one that dropout uses
         )
         with clear_worker_errors():
-            with _signals_held():
+            with _forking():
                 processes = iter(loader)
             yield from processes
 
@@ -361,12 +361,18 @@ def _as_it_is(loaded: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Until its own handlers are set, a new process would answer with the trainer's or die."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
+def _forking() -> Iterator[None]:
+    """Until `_begin_reading` a new process would answer signals with the trainer's handlers or die.
+
+    And it might collect inherited garbage: the end of a process group waits for threads it has not.
+    """
+    before, collecting = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP), gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
+        if collecting:
+            gc.enable()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -382,6 +388,7 @@ def _begin_reading(_worker: int) -> None:
         signal.alarm(GRACE)
 
     gc.freeze()  # what was inherited is not this process's to tidy up, nor to copy
+    gc.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, told_to_stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
