@@ -15,6 +15,7 @@ import resfast
 from resfast import native
 from resfast.backends.bf16 import bf16_declines, bf16_weight
 from resfast.backends.interface import ConvGeometry, nhwc
+from resfast.ops import ConvParams, NormParams, conv_bn_act
 
 pytestmark = [
     needs.native_library,
@@ -81,13 +82,22 @@ def test_a_resnets_convolutions_round_once(c, k, kernel, stride):
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (3, 2)], ids=str)
-@pytest.mark.parametrize("padding", [(0, 0), (2, 1)], ids=str)
+@pytest.mark.parametrize("padding", [(0, 0), (2, 1), (0, 2)], ids=str)
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 5)], ids=str)
 @pytest.mark.parametrize("c", [1, 6, 7])
 def test_every_window(c, kernel, padding, stride):
     """Odd numbers of values too, whose last pair is half empty."""
     g = ConvGeometry(stride, padding, (1, 1), 1)
     x, weight, scale, shift, _ = _problem(2, c, 9, 8, 48, kernel, g)
+    y = _convolve(x, weight, g, scale, shift)
+    _assert_rounded_once(y, _exact(x, weight, g, scale, shift))
+
+
+def test_half_an_empty_pair_is_zero_whatever_was_in_memory():
+    g = PLAIN._replace(padding=(1, 1))
+    x, weight, scale, shift, _ = _problem(1, 8, 6, 6, 16, (3, 3), g)
+    assert _convolve(x * math.nan, weight, g, scale, shift).isnan().all()
+    x, weight, scale, shift, _ = _problem(1, 7, 6, 6, 16, (3, 3), g)
     y = _convolve(x, weight, g, scale, shift)
     _assert_rounded_once(y, _exact(x, weight, g, scale, shift))
 
@@ -232,6 +242,29 @@ def test_a_network_in_bfloat16_runs_its_convolutions_and_norms_in_one_step(optim
         expected = stock(x)
         exact = stock.double()(x.double())
     assert (y - exact).square().sum() < (expected - exact).square().sum()
+
+
+def test_a_convolution_and_its_norm_round_once():
+    """Scale and shift of the norm's own float32 parameters are not rounded."""
+    x, weight, gamma, beta, residual = _problem(2, 48, 9, 9, 32)
+    mean, var = torch.randn(32), torch.rand(32) + 0.5
+    norm = NormParams(gamma, beta, mean, var, None, False)
+    with torch.no_grad():
+        y = conv_bn_act(x, ConvParams(weight, None), norm, residual)
+    z = F.conv2d(x.double(), weight.double())
+    vectors = [v.double() for v in (mean, var, gamma, beta)]
+    _assert_rounded_once(y, (F.batch_norm(z, *vectors) + residual).relu())
+
+
+def test_a_change_of_any_sampled_value_is_seen():
+    """Values are two bytes apart: of the 64 sampled ones, the second lies behind 36 values."""
+    conv = resfast.BasicBlock(16, 16).eval().bfloat16()
+    x = nhwc(torch.randn(1, 16, 4, 4)).bfloat16()
+    weight = conv.conv1.weight
+    with torch.no_grad():
+        y = conv(x)
+        weight.data.as_strided((weight.numel(),), (1,))[36] += 50
+        assert not torch.equal(conv(x), y)
 
 
 def test_prepared_weights_follow_weights_and_norm():
