@@ -5,6 +5,8 @@ On a CPU that stands in for the device; cuDNN itself is never executed.
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pretended
 import pytest
 import torch
@@ -220,20 +222,20 @@ def test_what_it_cannot_fuse_runs_in_passes(device, relu, after, reason):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda m: m.setattr(torch.backends.cudnn, "enabled", False), "cuDNN is off"),
-        (lambda m: m.setattr(torch.backends.cudnn, "is_available", lambda: False), "cuDNN is off"),
-        (lambda m: m.setattr(torch.backends.cudnn, "deterministic", True), "deterministic"),
+        (lambda: torch.backends.cudnn.flags(enabled=False), "cuDNN is off"),
+        (lambda: mock.patch("torch.backends.cudnn.is_available", lambda: False), "cuDNN is off"),
+        (lambda: torch.backends.cudnn.flags(enabled=True, deterministic=True), "deterministic"),
         (
-            lambda m: m.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True),
+            lambda: mock.patch("torch.are_deterministic_algorithms_enabled", lambda: True),
             "deterministic",
         ),
     ],
 )
-def test_it_is_not_used_where_it_is_not_wanted(device, monkeypatch, change, reason):
-    change(monkeypatch)
+def test_it_is_not_used_where_it_is_not_wanted(device, change, reason):
     x, *rest = arguments()
-    run = plan_convolution(x, *rest, None, True, False)
-    name, declined = engine_of(lambda: run(x, None, True))
+    with change():
+        run = plan_convolution(x, *rest, None, True, False)
+        name, declined = engine_of(lambda: run(x, None, True))
     assert name == "cuda"
     assert reason in declined["cudnn"]
 
