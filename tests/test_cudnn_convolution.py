@@ -223,10 +223,13 @@ def test_what_it_cannot_fuse_runs_in_passes(device, relu, after, reason):
     ("change", "reason"),
     [
         (lambda: torch.backends.cudnn.flags(enabled=False), "cuDNN is off"),
-        (lambda: mock.patch("torch.backends.cudnn.is_available", lambda: False), "cuDNN is off"),
+        (
+            lambda: mock.patch("torch.backends.cudnn.is_available", return_value=False),
+            "cuDNN is off",
+        ),
         (lambda: torch.backends.cudnn.flags(enabled=True, deterministic=True), "deterministic"),
         (
-            lambda: mock.patch("torch.are_deterministic_algorithms_enabled", lambda: True),
+            lambda: mock.patch("torch.are_deterministic_algorithms_enabled", return_value=True),
             "deterministic",
         ),
     ],
