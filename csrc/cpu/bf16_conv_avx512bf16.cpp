@@ -9,6 +9,7 @@ namespace {
 
 // Longer rows are cut: a panel's part then stays in the L2 cache.
 constexpr int64_t kPairsInPart = 512;
+constexpr int kLinesAhead = 1;
 
 RESFAST_INLINE FloatVec multiply_pairs(FloatVec sum, FloatVec x, FloatVec u) {
   return (FloatVec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)u);
@@ -28,7 +29,16 @@ RESFAST_INLINE ShortVec round_to_bf16(FloatVec v) {
 
 template <int kRows, int kVectors>
 RESFAST_INLINE void product_block(const Bf16Tile& t, int64_t row, int64_t column, int64_t first,
-                                  int64_t pairs) {
+                                  int64_t pairs, const float* ahead) {
+  const bool last = first + pairs == t.pairs;
+  if (last && t.residual) {  // comes from memory meanwhile
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const uint16_t* const residual = t.residual + (row + r) * t.out_stride + column;
+      __builtin_prefetch(residual);
+      if (kVectors > 2) __builtin_prefetch(residual + 2 * kProductLanes);
+    }
+  }
   const uint16_t* x = t.x + row * t.x_stride + 2 * first;
   const uint16_t* u = t.u + 2 * (column * t.pairs + first * kPanelColumns);
   float* const sums = t.sums + row * kPanelColumns;
@@ -46,6 +56,9 @@ RESFAST_INLINE void product_block(const Bf16Tile& t, int64_t row, int64_t column
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) __builtin_prefetch(x + (kRows + r) * t.x_stride);
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < kLinesAhead; ++i) __builtin_prefetch(ahead + i * kLineFloats, 0, 2);
+    ahead += kLinesAhead * kLineFloats;
     FloatVec columns[kVectors];
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
@@ -61,7 +74,6 @@ RESFAST_INLINE void product_block(const Bf16Tile& t, int64_t row, int64_t column
     x += 2;
     u += 2 * kPanelColumns;
   }
-  const bool last = first + pairs == t.pairs;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
@@ -84,10 +96,15 @@ template <int kVectors>
 RESFAST_INLINE void product_panel(const Bf16Tile& t, int64_t column) {
   for (int64_t first = 0; first < t.pairs; first += kPairsInPart) {
     const int64_t left = t.pairs - first, pairs = left < kPairsInPart ? left : kPairsInPart;
+    const int64_t pair_floats = kPanelColumns;  // a pair takes as many bytes
+    const float* const u =
+        reinterpret_cast<const float*>(t.u) + column * t.pairs + first * pair_floats;
+    LinesAhead<kLinesAhead> lines{u + pairs * pair_floats, pairs * pair_floats / kLineFloats};
     for (int64_t row = 0; row < t.rows;) {
       const int64_t rows = next_rows(t.rows - row);
+      const float* const ahead = lines.take(pairs, u);
       with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
-        product_block<decltype(count)::value, kVectors>(t, row, column, first, pairs);
+        product_block<decltype(count)::value, kVectors>(t, row, column, first, pairs, ahead);
       });
       row += rows;
     }

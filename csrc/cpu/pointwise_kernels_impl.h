@@ -10,15 +10,25 @@ namespace {
 // Longer sums are cut, and added up apart: a panel's part then stays in the L2 cache, and rounding
 // errors grow with the longest chain.
 constexpr int64_t kChainChannels = 512;
+constexpr int kLinesAhead = 1;
 
 template <int kRows, int kVectors>
 RESFAST_INLINE void pointwise_block(const PointwiseTile& t, int64_t row, int64_t column,
-                                    int64_t first, int64_t channels) {
+                                    int64_t first, int64_t channels, const float* ahead) {
   const bool last = first + channels == t.channels;
   const int64_t place = row * t.out_stride + column;
-  product_block<kRows, kVectors, /*kPrefetch=*/true>(
+  if (first == 0 && t.residual) {  // comes from memory meanwhile
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) {
+        __builtin_prefetch(t.residual + place + r * t.out_stride + j * kProductLanes);
+      }
+    }
+  }
+  product_block<kRows, kVectors, kLinesAhead>(
       t.x + row * t.x_stride + first, t.x_stride, 1,
-      t.u + column * t.channels + first * kPanelColumns, kPanelColumns, channels,
+      t.u + column * t.channels + first * kPanelColumns, kPanelColumns, channels, ahead,
       [&](int r, int j, FloatVec y) RESFAST_INLINE_LAMBDA {
         const int64_t at = place + r * t.out_stride + j * kProductLanes;
         if (first > 0) {
@@ -34,11 +44,14 @@ RESFAST_INLINE void pointwise_block(const PointwiseTile& t, int64_t row, int64_t
 
 template <int kVectors>
 RESFAST_INLINE void pointwise_panel(const PointwiseTile& t, int64_t column, int64_t first,
-                                    int64_t channels) {
+                                    int64_t channels, const float* next) {
+  const float* const u = t.u + column * t.channels + first * kPanelColumns;
+  LinesAhead<kLinesAhead> lines{next, channels * kPanelColumns / kLineFloats};
   for (int64_t row = 0; row < t.rows;) {
     const int64_t rows = next_rows(t.rows - row);
+    const float* const ahead = lines.take(channels, u);
     with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
-      pointwise_block<decltype(count)::value, kVectors>(t, row, column, first, channels);
+      pointwise_block<decltype(count)::value, kVectors>(t, row, column, first, channels, ahead);
     });
     row += rows;
   }
@@ -50,9 +63,14 @@ inline void pointwise_product(const PointwiseTile& t) {
     const int64_t channels = left < kChainChannels ? left : kChainChannels;
     for (int64_t column = 0; column < t.columns; column += kPanelColumns) {
       const int64_t columns = t.columns - column;
+      // the same channels of the next panel, or the first panel's next channels
+      const float* const next =
+          columns > kPanelColumns
+              ? t.u + (column + kPanelColumns) * t.channels + first * kPanelColumns
+              : t.u + (first + channels) * kPanelColumns;
       with_vectors(columns < kPanelColumns ? columns / kProductLanes : kProductVectors,
                    [&](auto vectors) {
-                     pointwise_panel<decltype(vectors)::value>(t, column, first, channels);
+                     pointwise_panel<decltype(vectors)::value>(t, column, first, channels, next);
                    });
     }
   }
@@ -71,8 +89,8 @@ void pointwise_correlation_rows(const PointwiseCorrelation& t) {
       }
     }
     with_rows(count, [&](auto rows) RESFAST_INLINE_LAMBDA {
-      product_block<decltype(rows)::value, kVectors, /*kPrefetch=*/false>(
-          t.d + k, 1, t.d_stride, t.x, kPanelColumns, t.rows,
+      product_block<decltype(rows)::value, kVectors, /*kLinesAhead=*/0>(
+          t.d + k, 1, t.d_stride, t.x, kPanelColumns, t.rows, nullptr,
           [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
             float* to = t.sums + (k + r) * t.sum_stride + j * kProductLanes;
             store_raw(to, t.add ? load_raw<FloatVec>(to) + sum : sum);

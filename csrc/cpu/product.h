@@ -32,10 +32,12 @@ RESFAST_INLINE FloatVec in_register(FloatVec v) {
 }
 
 // sum[r][j] = Σ over steps v[r·row_stride + step·v_step]·u[step·u_step + j], vectors j; each sum
-// goes to finish(r, j, sum). kPrefetch: v_step is 1, and the rows after these come next.
-template <int kRows, int kVectors, bool kPrefetch, class Finish>
+// goes to finish(r, j, sum). kLinesAhead: fetched with each step, from `ahead` on; and v_step is
+// 1, and the rows after these come next. Or 0: nothing is fetched.
+template <int kRows, int kVectors, int kLinesAhead, class Finish>
 RESFAST_INLINE void product_block(const float* v, int64_t row_stride, int64_t v_step,
-                                  const float* u, int64_t u_step, int64_t steps, Finish finish) {
+                                  const float* u, int64_t u_step, int64_t steps, const float* ahead,
+                                  Finish finish) {
   FloatVec sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -44,10 +46,13 @@ RESFAST_INLINE void product_block(const float* v, int64_t row_stride, int64_t v_
   }
   const float* lower = v + 3 * row_stride;  // three rows from one address: strides of 0, 1, 2
   for (int64_t step = 0; step < steps; ++step) {
-    if (kPrefetch && step % kLineFloats == 0) {
+    if (kLinesAhead > 0 && step % kLineFloats == 0) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) __builtin_prefetch(v + (kRows + r) * row_stride);
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < kLinesAhead; ++i) __builtin_prefetch(ahead + i * kLineFloats, 0, 2);
+    ahead += kLinesAhead * kLineFloats;
     FloatVec columns[kVectors];
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
@@ -75,6 +80,23 @@ RESFAST_INLINE int64_t next_rows(int64_t rest) {
   const int64_t blocks = (rest + kProductRows - 1) / kProductRows;
   return (rest + blocks - 1) / blocks;
 }
+
+// Lines of memory to be fetched while blocks of rows are multiplied: memory gives filters more
+// slowly than one block takes them, and caches serve the further blocks.
+template <int kLinesAhead>
+struct LinesAhead {
+  const float* next;
+  int64_t lines;
+
+  // Where a block of so many steps starts; `hot`, which costs nothing, when all are fetched.
+  RESFAST_INLINE const float* take(int64_t steps, const float* hot) {
+    if (lines <= 0) return hot;
+    const float* const from = next;
+    next += steps * kLinesAhead * kLineFloats;
+    lines -= steps * kLinesAhead;
+    return from;
+  }
+};
 
 // call(Int<rows>), for rows up to kProductRows
 template <class Call>

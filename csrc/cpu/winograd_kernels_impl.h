@@ -245,6 +245,8 @@ void winograd_gradient(const WinogradInput& t) {
   });
 }
 
+constexpr int kLinesAhead = 2;
+
 template <int kVectors>
 void product_rows(const WinogradProduct& t) {
   for (int64_t first = 0; first < t.channels; first += t.chain) {
@@ -252,13 +254,16 @@ void product_rows(const WinogradProduct& t) {
     const int64_t channels = left < t.chain ? left : t.chain;
     const float* u = t.u + first * kPanelColumns;
     const bool add = t.add || first > 0;
+    LinesAhead<kLinesAhead> lines{u + channels * kPanelColumns,
+                                  channels * kPanelColumns / kLineFloats};
     for (int64_t row = 0; row < t.tiles;) {
       const int64_t rows = next_rows(t.tiles - row);
+      const float* const ahead = lines.take(channels, u);
       const float* v = t.v + row * t.v_stride + first;
       float* m = t.m + row * t.m_stride;
       with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
-        product_block<decltype(count)::value, kVectors, /*kPrefetch=*/true>(
-            v, t.v_stride, 1, u, kPanelColumns, channels,
+        product_block<decltype(count)::value, kVectors, kLinesAhead>(
+            v, t.v_stride, 1, u, kPanelColumns, channels, ahead,
             [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
               float* to = m + r * t.m_stride + j * kProductLanes;
               store_raw(to, add ? load_raw<FloatVec>(to) + sum : sum);
@@ -282,8 +287,8 @@ void correlation_rows(const WinogradCorrelation& t) {
     const int64_t channels = next_rows(t.channels - channel);
     float* sums = t.sums + channel * t.sum_stride;
     with_rows(channels, [&](auto count) RESFAST_INLINE_LAMBDA {
-      product_block<decltype(count)::value, kVectors, /*kPrefetch=*/false>(
-          t.v + channel, 1, t.v_stride, t.d, t.d_stride, t.tiles,
+      product_block<decltype(count)::value, kVectors, /*kLinesAhead=*/0>(
+          t.v + channel, 1, t.v_stride, t.d, t.d_stride, t.tiles, nullptr,
           [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
             float* to = sums + r * t.sum_stride + j * kProductLanes;
             store_raw(to, t.add ? load_raw<FloatVec>(to) + sum : sum);

@@ -16,7 +16,7 @@ from resfast.backends.interface import ConvGeometry, empty_nhwc, nhwc
 
 # Below this many tiles the transformed filters cost more to read than multiplications save; in
 # training they are also made anew for every step.
-_LEAST_TILES = {4: 8, 2: 32}
+_LEAST_TILES = {4: 8, 2: 16}
 _LEAST_TILES_IN_TRAINING = 32
 # floats between points: a transform writes to all of them, which would share a few cache sets
 _POINT_PADDING = 16
