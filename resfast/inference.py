@@ -13,7 +13,7 @@ import threading
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -35,11 +35,13 @@ from resfast.backends.packed_pool import (
     native_window,
     prepare_pooled_convolution,
 )
+from resfast.backends.pointwise import prepare_linear
 from resfast.backends.select import find
 from resfast.inference_memory import PREPARED, Memory, plan_memory
 
 MAX_PLANS = 8
 Plan = Callable[[Tensor], Any]
+_Run = TypeVar("_Run", bound=Callable[..., Tensor])
 _Convolution = tuple[Tensor, Tensor, Tensor | None, ConvGeometry, NormVectors]
 
 
@@ -246,6 +248,8 @@ def _plan(model: nn.Module, x: Tensor) -> Plan:
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.resfast.conv_bn_act_inference.default:
             _prepare(graph, node)
+        elif node.target is torch.ops.aten.addmm.default:
+            _prepare_linear(graph, node)
         elif node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])
     graph.graph.eliminate_dead_code()
@@ -334,6 +338,26 @@ def _prepare(graph: fx.GraphModule, node: fx.Node) -> None:
     _replace(graph, node, run, relu, out, own_kernel(x, weight, geometry) is not None)
 
 
+def _prepare_linear(graph: fx.GraphModule, node: fx.Node) -> None:
+    """Replace a linear layer by one on a packed weight."""
+    bias, x, transposed = cast(Any, node.args)
+    if node.kwargs or transposed.target is not torch.ops.aten.t.default:
+        return
+    parameters = [_parameter(graph, a) for a in (transposed.args[0], bias)]
+    like = _like(x)
+    if None in parameters or like is None or find("conv_fprop", like)[0].name != "cpu":
+        return
+    weight, shift = cast(Any, parameters)
+    run = prepare_linear(like, weight, shift)
+    if run is None:
+        return
+    with graph.graph.inserting_before(node):
+        call = graph.graph.call_function(_named(run, node.name), (x,))
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    graph.graph.erase_node(node)
+
+
 def _replace(
     graph: fx.GraphModule,
     node: fx.Node,
@@ -396,7 +420,7 @@ def _is_last_use(node: fx.Node, residual: Any) -> bool:
     )
 
 
-def _named(run: PackedConvolution, name: str) -> PackedConvolution:
+def _named(run: _Run, name: str) -> _Run:
     for attribute in ("__name__", "__qualname__"):
         setattr(run, attribute, f"run_{name}")
     run.__module__ = __name__

@@ -24,6 +24,7 @@ from resfast.backends.pointwise import (
     pointwise_fprop,
     pointwise_output,
     pointwise_weight,
+    prepare_linear,
 )
 
 pytestmark = needs.native_library
@@ -253,6 +254,30 @@ def test_what_is_run_as_a_product(x, weight, geometry, runs):
 def test_prepared_weights_follow_weights_norm_and_instruction_set(isa):
     x, weight, _ = _problem(2, 16, 6, 6, 32)
     assert_prepared_once_and_anew(x, weight, PLAIN)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(1, 512, 1000), (3, 64, 10), (20, 2048, 64)])
+def test_linear_layers(n, c, k, isa):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(s, generator=generator) for s in ((n, c), (k, c), (k,)))
+    y = prepare_linear(x, weight, bias)(x)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert_close(y, exact)
+    assert y.is_contiguous()
+    assert torch.equal(prepare_linear(x, weight, bias)(x.t().contiguous().t()), y)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (torch.empty(2, 24), torch.empty(10, 24)),
+        (torch.empty(2, 32).bfloat16(), torch.empty(10, 32).bfloat16()),
+        (torch.empty(0, 32), torch.empty(10, 32)),
+    ],
+    ids=["channels", "bfloat16", "empty"],
+)
+def test_linear_layers_left_to_pytorch(x, weight):
+    assert prepare_linear(x, weight, weight.new_empty(10)) is None
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -325,7 +325,8 @@ def test_bad_gradients_raise():
     [
         ((1, 64, 56, 56), (64, 64, 3, 3), PLAIN, 4),
         ((16, 512, 7, 7), (512, 512, 3, 3), PLAIN, 4),
-        ((1, 512, 7, 7), (512, 512, 3, 3), PLAIN, None),  # 4 tiles, 38 MB of filters
+        ((1, 512, 7, 7), (512, 512, 3, 3), PLAIN, 2),  # in 4 tiles: 38 MB of filters
+        ((1, 512, 5, 5), (512, 512, 3, 3), PLAIN, None),  # in 9: 17 MB
         ((8, 64, 2, 2), (64, 64, 3, 3), PLAIN, None),
         ((1, 64, 56, 56), (64, 64, 3, 3), PLAIN._replace(stride=(2, 2)), None),
         ((1, 64, 56, 56), (64, 64, 3, 3), PLAIN._replace(padding=(0, 0)), None),

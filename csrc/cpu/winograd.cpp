@@ -27,6 +27,7 @@ constexpr int64_t kPanelTiles = 64;                 // whose products stay in an
 constexpr int64_t kMostPanelBlocks = 2;             // each makes the filters anew
 constexpr int64_t kPrivateWeightBytes = 4 * 1024 * 1024;
 constexpr int64_t kLeastTiles = 12;
+constexpr int kOutside = kShared + 1;  // slot of scratch memory
 constexpr int64_t kPointPadding = 16;  // floats: keeps the points out of one cache set
 
 const WinogradKernels& winograd_kernels() {
@@ -129,6 +130,13 @@ int64_t chain_channels(int64_t channels) {
   return channels <= 64 ? 16 : 32;
 }
 
+// What lies outside of an image, for the length of one op.
+const float* zeros(int64_t channels) {
+  float* const memory = thread_scratch<kOutside>(channels);
+  std::fill(memory, memory + channels, 0.0f);
+  return memory;
+}
+
 // One convolution: what every block of tiles needs.
 struct Convolution {
   const WinogradKernels& kernels;
@@ -148,6 +156,7 @@ struct Convolution {
     tiles = x.size(0) * grid.rows * grid.columns;
     input.grid = output.grid = grid;
     input.channels = input.part = c;
+    input.zeros = zeros(c);
     input.x = static_cast<const float*>(x.const_data_ptr());
     output.channels = output.out_channels = k;
     output.out = static_cast<float*>(out.mutable_data_ptr());
@@ -411,6 +420,7 @@ struct WeightGradient {
     tiles = x.size(0) * grid.rows * grid.columns;
     input.grid = gradient.grid = grid;
     input.channels = c;
+    input.zeros = gradient.zeros = zeros(std::max(c, k));
     input.x = static_cast<const float*>(x.const_data_ptr());
     gradient.channels = k;
     gradient.x = static_cast<const float*>(dz.const_data_ptr());

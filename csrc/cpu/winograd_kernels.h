@@ -29,8 +29,9 @@ struct WinogradInput {
   TileGrid grid;
   int64_t begin, end;  // tiles
   int64_t channels;
-  const float* x;  // the whole activation
-  float* v;        // [points][tile][channel], points `point_stride` apart
+  const float* x;      // the whole activation
+  const float* zeros;  // of all channels
+  float* v;            // [points][tile][channel], points `point_stride` apart
   int64_t point_stride;
   // Of so many channels, a multiple of the lanes, next to each other: parts `part_stride` apart.
   int64_t part, part_stride;

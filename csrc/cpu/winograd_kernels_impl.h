@@ -12,29 +12,29 @@ namespace {
 
 // ---- the transforms of one line, in place of registers
 
-// Bᵀ: the m + 2 inputs `d` at the points
-template <int kTile>
-RESFAST_INLINE void to_points(const FloatVec* d, FloatVec* out);
+// Bᵀ: the m + 2 inputs `d` at the points, in m / 2 groups of neighbours with no work in common
 
-template <>
-RESFAST_INLINE void to_points<2>(const FloatVec* d, FloatVec* out) {
+RESFAST_INLINE void to_points(Int<2>, Int<0>, const FloatVec* d, FloatVec* out) {
   out[0] = d[0] - d[2];
   out[1] = d[1] + d[2];
   out[2] = d[2] - d[1];
   out[3] = d[3] - d[1];
 }
 
-template <>
-RESFAST_INLINE void to_points<4>(const FloatVec* d, FloatVec* out) {
+RESFAST_INLINE void to_points(Int<4>, Int<0>, const FloatVec* d, FloatVec* out) {
   constexpr float a = kPointA, b = kPointB, aa = a * a, bb = b * b;
-  const FloatVec even_a = d[4] - bb * d[2], odd_a = d[3] - bb * d[1];
-  const FloatVec even_b = d[4] - aa * d[2], odd_b = d[3] - aa * d[1];
+  const FloatVec even = d[4] - bb * d[2], odd = d[3] - bb * d[1];
   out[0] = d[4] - (aa + bb) * d[2] + (aa * bb) * d[0];
-  out[1] = even_a + a * odd_a;
-  out[2] = even_a - a * odd_a;
-  out[3] = even_b + b * odd_b;
-  out[4] = even_b - b * odd_b;
-  out[5] = d[5] - (aa + bb) * d[3] + (aa * bb) * d[1];
+  out[1] = even + a * odd;
+  out[2] = even - a * odd;
+}
+
+RESFAST_INLINE void to_points(Int<4>, Int<1>, const FloatVec* d, FloatVec* out) {
+  constexpr float a = kPointA, b = kPointB, aa = a * a, bb = b * b;
+  const FloatVec even = d[4] - aa * d[2], odd = d[3] - aa * d[1];
+  out[0] = even + b * odd;
+  out[1] = even - b * odd;
+  out[2] = d[5] - (aa + bb) * d[3] + (aa * bb) * d[1];
 }
 
 // Aᵀ: the m outputs from the products at the points
@@ -95,8 +95,6 @@ struct TilePlace {
     x = in_image % g.columns * m;
   }
 };
-
-alignas(kVectorBytes) constexpr float kZeros[kProductLanes] = {};
 
 typedef float FloatHalfVec __attribute__((vector_size(kVectorBytes / 2)));
 
@@ -185,44 +183,50 @@ void winograd_weight(const WinogradWeight& t) {
   }
 }
 
-// kLine values a side, from `offset` of the tile's first output, to the points.
-template <int kTile, int kLine, int kOffset, class Transform>
+// Tiles of kLine values a side, from `offset` of the tile's first output, to the points.
+// transform(Int<group>, line, points): of a line's points those of one of kGroups groups.
+template <int kTile, int kLine, int kOffset, int kGroups, class Transform>
 RESFAST_INLINE void tiles_to_points(const WinogradInput& t, const Transform& transform) {
-  constexpr int kSide = kTile + 2;
+  constexpr int kSide = kTile + 2, kRows = kSide / kGroups;
   const TileGrid& g = t.grid;
   for (int64_t tile = t.begin; tile < t.end; ++tile) {
     const TilePlace at(g, tile, kTile);
     const float* from[kLine][kLine];
-    int64_t step[kLine][kLine];  // 0 outside, which stays at one vector of zeros
     for (int i = 0; i < kLine; ++i) {
       for (int j = 0; j < kLine; ++j) {
         const int64_t y = at.y + i + kOffset, x = at.x + j + kOffset;
         const bool inside = y >= 0 && y < g.h && x >= 0 && x < g.w;
-        from[i][j] = inside ? t.x + ((at.n * g.h + y) * g.w + x) * t.channels : kZeros;
-        step[i][j] = inside;
+        from[i][j] = inside ? t.x + ((at.n * g.h + y) * g.w + x) * t.channels : t.zeros;
       }
     }
     float* v = t.v + (tile - t.begin) * t.part;
     for (int64_t c = 0, in_part = 0; c < t.channels; c += kProductLanes) {
-      FloatVec columns[kLine][kSide];  // by column, then point
+      // Rows of points a group at a time: all would not fit into the registers.
+      const auto rows = [&](auto group) RESFAST_INLINE_LAMBDA {
+        FloatVec columns[kLine][kRows];  // by column, then row of points
 #pragma GCC unroll 8
-      for (int j = 0; j < kLine; ++j) {
-        FloatVec d[kLine];
+        for (int j = 0; j < kLine; ++j) {
+          FloatVec d[kLine];
 #pragma GCC unroll 8
-        for (int i = 0; i < kLine; ++i) d[i] = load_raw<FloatVec>(from[i][j] + c * step[i][j]);
-        transform(d, columns[j]);
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < kSide; ++i) {
-        FloatVec d[kLine], points[kSide];
-#pragma GCC unroll 8
-        for (int j = 0; j < kLine; ++j) d[j] = columns[j][i];
-        transform(d, points);
-#pragma GCC unroll 8
-        for (int j = 0; j < kSide; ++j) {
-          store_raw(v + (i * kSide + j) * t.point_stride + in_part, points[j]);
+          for (int i = 0; i < kLine; ++i) d[i] = load_raw<FloatVec>(from[i][j] + c);
+          transform(group, d, columns[j]);
         }
-      }
+        constexpr int first = decltype(group)::value * kRows;
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+          FloatVec d[kLine], points[kSide];
+#pragma GCC unroll 8
+          for (int j = 0; j < kLine; ++j) d[j] = columns[j][i];
+          transform(Int<0>{}, d, points);
+          if constexpr (kGroups == 2) transform(Int<1>{}, d, points + kRows);
+#pragma GCC unroll 8
+          for (int j = 0; j < kSide; ++j) {
+            store_raw(v + ((first + i) * kSide + j) * t.point_stride + in_part, points[j]);
+          }
+        }
+      };
+      rows(Int<0>{});
+      if constexpr (kGroups == 2) rows(Int<1>{});
       in_part += kProductLanes;
       if (in_part == t.part) {
         v += t.part_stride;
@@ -234,15 +238,16 @@ RESFAST_INLINE void tiles_to_points(const WinogradInput& t, const Transform& tra
 
 template <int kTile>
 void winograd_input(const WinogradInput& t) {
-  tiles_to_points<kTile, kTile + 2, -1>(
-      t, [](const FloatVec* d, FloatVec* out) RESFAST_INLINE_LAMBDA { to_points<kTile>(d, out); });
+  tiles_to_points<kTile, kTile + 2, -1, kTile / 2>(
+      t, [](auto group, const FloatVec* d, FloatVec* out)
+             RESFAST_INLINE_LAMBDA { to_points(Int<kTile>{}, group, d, out); });
 }
 
 template <int kTile>
 void winograd_gradient(const WinogradInput& t) {
-  tiles_to_points<kTile, kTile, 0>(t, [](const FloatVec* d, FloatVec* out) RESFAST_INLINE_LAMBDA {
-    gradient_to_points<kTile>(d, out);
-  });
+  tiles_to_points<kTile, kTile, 0, 1>(
+      t, [](Int<0>, const FloatVec* d, FloatVec* out)
+             RESFAST_INLINE_LAMBDA { gradient_to_points<kTile>(d, out); });
 }
 
 constexpr int kLinesAhead = 2;
@@ -385,6 +390,14 @@ void winograd_output(const WinogradOutput& t) {
     const int64_t first = ((at.n * g.h + at.y) * g.w + at.x) * t.out_channels;
     const float* m = t.m + (tile - t.begin) * t.channels;
     for (int64_t c = 0; c < t.channels; c += kProductLanes) {
+      if (t.residual) {  // what comes next, from memory meanwhile
+        for (int i = 0; i < rows; ++i) {
+          for (int j = 0; j < columns; ++j) {
+            __builtin_prefetch(t.residual + first + (i * g.w + j) * t.out_channels + c +
+                               kProductLanes);
+          }
+        }
+      }
       FloatVec lines[kSide][kTile];  // by column of points, then output row
 #pragma GCC unroll 8
       for (int j = 0; j < kSide; ++j) {

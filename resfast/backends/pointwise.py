@@ -7,6 +7,7 @@ but the weights, into panels of as many columns as the registers hold.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -45,6 +46,32 @@ def pointwise_output(x: Tensor, channels: int, g: ConvGeometry) -> Tensor:
     n, _, h, w = x.shape
     p, q = math.ceil(h / g.stride[0]), math.ceil(w / g.stride[1])
     return empty_nhwc((n, channels, p, q), x)
+
+
+def prepare_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """``F.linear`` on a weight ``[K, C]`` packed to keep, for inputs like x ``[N, C]``; None where
+    nothing of this file runs it.
+
+    The last layer of a classifier: few rows, and a weight that comes from memory at every call.
+    """
+    k, c = weight.shape
+    dtypes = {x.dtype, weight.dtype, bias.dtype}
+    if dtypes != {torch.float32} or c % _LANES or x.numel() == 0 or not native.is_available():
+        return None
+    rows = math.ceil(k / _LANES) * _LANES
+    padded = weight.new_zeros(rows, c)
+    padded[:k] = weight
+    packed = pointwise_weight(padded.view(rows, c, 1, 1))
+    shift = weight.new_zeros(rows)
+    shift[:k] = bias
+
+    def run(x: Tensor) -> Tensor:
+        out = x.new_empty(len(x), rows, 1, 1)
+        pixels = x.contiguous().view(len(x), c, 1, 1)
+        torch.ops.resfast.pointwise_conv(pixels, packed, shift, None, False, 1, 1, out)
+        return out.view(len(x), rows)[:, :k].contiguous()
+
+    return run
 
 
 def pointwise_fprop(x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
