@@ -20,12 +20,13 @@
 namespace resfast {
 namespace {
 
-constexpr int64_t kBlockBytes = 448 * 1024;         // of V and M of one thread's block
-constexpr int64_t kSharedBytes = 10 * 1024 * 1024;  // of V and M of all threads' common block
-constexpr int64_t kWholeBytes = 20 * 1024 * 1024;   // of all V and D at once, in the L3 cache
-constexpr int64_t kPanelTiles = 64;                 // whose products stay in an L2 cache
-constexpr int64_t kMostPanelBlocks = 2;             // each makes the filters anew
-constexpr int64_t kPrivateWeightBytes = 4 * 1024 * 1024;
+constexpr int64_t kBlockBytes = 448 * 1024;           // of V and M of one thread's block
+constexpr int64_t kSharedBytes = 10 * 1024 * 1024;    // of V and M of all threads' common block
+constexpr int64_t kWholeBytes = 20 * 1024 * 1024;     // of all V and D at once, in the L3 cache
+constexpr int64_t kPanelTiles = 64;                   // whose products stay in an L2 cache
+constexpr int64_t kMostPanelBlocks = 2;               // each makes the filters anew
+constexpr int64_t kPrivateWeightBytes = 1024 * 1024;  // each thread reads them all
+constexpr int64_t kPanelWeightBytes = 4 * 1024 * 1024;
 constexpr int64_t kLeastTiles = 12;
 constexpr int kOutside = kShared + 1;  // slot of scratch memory
 constexpr int64_t kPointPadding = 16;  // floats: keeps the points out of one cache set
@@ -220,7 +221,7 @@ struct Convolution {
   // With filters that are used once.
   void run(const Filter& filter) {
     const int64_t threads = torch::stable::get_num_threads();
-    const bool large = points * c * k * int64_t{sizeof(float)} > kPrivateWeightBytes;
+    const bool large = points * c * k * int64_t{sizeof(float)} > kPanelWeightBytes;
     if (large && tiles <= kMostPanelBlocks * kPanelTiles && panels() >= threads) {
       run_by_panels(filter);
       return;
