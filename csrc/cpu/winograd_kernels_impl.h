@@ -124,30 +124,65 @@ RESFAST_INLINE void filter_to_points<4>(const DoubleVec* f, DoubleVec* out) {
   out[5] = f[2];
 }
 
+// to[j·to_stride + i] = from[i·from_stride + j], of as many rows and columns as there are lanes
+RESFAST_INLINE void transpose(const float* from, int64_t from_stride, float* to,
+                              int64_t to_stride) {
+  FloatVec v[kProductLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kProductLanes; ++i) v[i] = load_raw<FloatVec>(from + i * from_stride);
+  // Blocks beside the diagonal change places, from halves down to single values.
+#pragma GCC unroll 4
+  for (int size = kProductLanes / 2; size >= 1; size /= 2) {
+    IntVec upper, lower;
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kProductLanes; ++lane) {
+      upper[lane] = lane & size ? lane - size + kProductLanes : lane;
+      lower[lane] = lane & size ? lane + kProductLanes : lane + size;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kProductLanes; ++i) {
+      if (i & size) continue;
+      const FloatVec a = v[i], b = v[i + size];
+      v[i] = __builtin_shuffle(a, b, upper);
+      v[i + size] = __builtin_shuffle(a, b, lower);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kProductLanes; ++i) store_raw(to + i * to_stride, v[i]);
+}
+
 template <int kTile>
 void winograd_weight(const WinogradWeight& t) {
   constexpr int kSide = kTile + 2;
   constexpr int kColumns = kPanelColumns;
   constexpr int kDoubles = kProductLanes / 2;
   constexpr int64_t kBlock = kLineFloats;
-  // Channels are next to each other in memory and columns far apart, or the reverse: read along
-  // the former, then work along the latter.
+  // Channels or columns are next to each other in memory: work along the columns.
   float taps[kBlock][9][kColumns] = {};
   for (int64_t first = 0; first < t.channels; first += kBlock) {
     const int64_t block = t.channels - first < kBlock ? t.channels - first : kBlock;
     for (int r = 0; r < 3; ++r) {
       for (int s = 0; s < 3; ++s) {
         const float* w = t.w + first * t.channel_stride + r * t.row_stride + s * t.tap_stride;
-        if (t.channel_stride < t.column_stride) {
-          for (int64_t column = 0; column < t.columns; ++column) {
-            for (int64_t i = 0; i < block; ++i) {
-              taps[i][s * 3 + r][column] = w[column * t.column_stride + i * t.channel_stride];
+        float* const to = &taps[0][s * 3 + r][0];
+        if (t.channel_stride == 1 && block % kProductLanes == 0) {
+          for (int64_t i = 0; i < block; i += kProductLanes) {
+            for (int64_t column = 0; column < t.columns; column += kProductLanes) {
+              transpose(w + column * t.column_stride + i, t.column_stride,
+                        to + i * 9 * kColumns + column, 9 * kColumns);
+            }
+          }
+        } else if (t.column_stride == 1) {
+          for (int64_t i = 0; i < block; ++i) {
+            for (int64_t column = 0; column < t.columns; column += kProductLanes) {
+              store_raw(to + i * 9 * kColumns + column,
+                        load_raw<FloatVec>(w + i * t.channel_stride + column));
             }
           }
         } else {
-          for (int64_t i = 0; i < block; ++i) {
-            for (int64_t column = 0; column < t.columns; ++column) {
-              taps[i][s * 3 + r][column] = w[column * t.column_stride + i * t.channel_stride];
+          for (int64_t column = 0; column < t.columns; ++column) {
+            for (int64_t i = 0; i < block; ++i) {
+              to[i * 9 * kColumns + column] = w[column * t.column_stride + i * t.channel_stride];
             }
           }
         }
