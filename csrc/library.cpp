@@ -42,6 +42,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
   m.def(
       "im2col_wgrad(Tensor x, Tensor dz, int stride_h, int stride_w, int padding_h, int padding_w, "
       "Tensor(a!) dweight) -> ()");
+  m.def("direct_weight(Tensor weight, Tensor? scale, Tensor(a!) packed) -> ()");
+  m.def(
+      "direct_conv(Tensor x, Tensor packed, int kernel_h, int kernel_w, int stride_h, int "
+      "stride_w, "
+      "int padding_h, int padding_w, Tensor? shift, Tensor? residual, bool relu, Tensor(a!) out) "
+      "-> ()");
   m.def("bf16_products() -> bool");
   m.def("bf16_weight(Tensor weight, Tensor(a!) packed) -> ()");
   m.def(

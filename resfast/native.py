@@ -30,6 +30,8 @@ RAW_OPS = (
     "pointwise_weight",
     "pointwise_conv",
     "pointwise_conv_once",
+    "direct_weight",
+    "direct_conv",
     "im2col_dgrad",
     "im2col_wgrad",
     "bf16_weight",

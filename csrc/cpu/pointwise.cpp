@@ -69,26 +69,9 @@ struct Matrix {
   // Channels [begin, end) of a panel, times scale [k], the first of them at u.
   void pack(int64_t panel, int64_t begin, int64_t end, const float* scale, float* u) const {
     const int64_t columns = pointwise_kernels().columns, column = panel * columns;
-    const int64_t existing = std::min(columns, k - column);
-    const float* const from = w + column * k_stride;
-    const auto put = [&](int64_t channel, int64_t j) {
-      const float value = from[j * k_stride + channel * c_stride];
-      u[(channel - begin) * columns + j] = scale ? value * scale[column + j] : value;
-    };
-    constexpr int64_t kChannels = 16;  // a cache line of each of a panel's columns
-    for (int64_t first = begin; first < end; first += kChannels) {
-      const int64_t last = std::min(end, first + kChannels);
-      // along what lies together in memory
-      if (k_stride == 1) {
-        for (int64_t channel = first; channel < last; ++channel) {
-          for (int64_t j = 0; j < existing; ++j) put(channel, j);
-        }
-      } else {
-        for (int64_t j = 0; j < existing; ++j) {
-          for (int64_t channel = first; channel < last; ++channel) put(channel, j);
-        }
-      }
-    }
+    pointwise_kernels().pack(w + column * k_stride + begin * c_stride, k_stride, c_stride,
+                             std::min(columns, k - column), end - begin,
+                             scale ? scale + column : nullptr, u);
   }
 
   // All of it: u [panels][c][columns].

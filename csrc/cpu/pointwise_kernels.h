@@ -38,6 +38,9 @@ struct PointwiseKernels {
   int lanes;
   int columns;  // of a full panel
   void (*product)(const PointwiseTile&);
+  // to[channel][columns] of from[column·column_stride + channel·channel_stride], times factors
+  void (*pack)(const float* from, int64_t column_stride, int64_t channel_stride, int64_t columns,
+               int64_t channels, const float* factors, float* to);
   void (*correlation)(const PointwiseCorrelation&);
 };
 

@@ -28,7 +28,7 @@ RESFAST_INLINE void pointwise_block(const PointwiseTile& t, int64_t row, int64_t
   }
   product_block<kRows, kVectors, kLinesAhead>(
       t.x + row * t.x_stride + first, t.x_stride, 1,
-      t.u + column * t.channels + first * kPanelColumns, kPanelColumns, channels, ahead,
+      t.u + column * t.channels + first * kPanelColumns, kPanelColumns, channels, 1, 0, 0, ahead,
       [&](int r, int j, FloatVec y) RESFAST_INLINE_LAMBDA {
         const int64_t at = place + r * t.out_stride + j * kProductLanes;
         if (first > 0) {
@@ -90,7 +90,7 @@ void pointwise_correlation_rows(const PointwiseCorrelation& t) {
     }
     with_rows(count, [&](auto rows) RESFAST_INLINE_LAMBDA {
       product_block<decltype(rows)::value, kVectors, /*kLinesAhead=*/0>(
-          t.d + k, 1, t.d_stride, t.x, kPanelColumns, t.rows, nullptr,
+          t.d + k, 1, t.d_stride, t.x, kPanelColumns, t.rows, 1, 0, 0, nullptr,
           [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
             float* to = t.sums + (k + r) * t.sum_stride + j * kProductLanes;
             store_raw(to, t.add ? load_raw<FloatVec>(to) + sum : sum);
@@ -109,4 +109,4 @@ inline void pointwise_correlation(const PointwiseCorrelation& t) {
 }  // namespace resfast
 
 #define RESFAST_POINTWISE_KERNELS \
-  {kProductLanes, kPanelColumns, &pointwise_product, &pointwise_correlation}
+  {kProductLanes, kPanelColumns, &pointwise_product, &pack_panel, &pointwise_correlation}

@@ -31,12 +31,14 @@ RESFAST_INLINE FloatVec in_register(FloatVec v) {
   return v;
 }
 
-// sum[r][j] = Σ over steps v[r·row_stride + step·v_step]·u[step·u_step + j], vectors j; each sum
-// goes to finish(r, j, sum). kLinesAhead: fetched with each step, from `ahead` on; and v_step is
-// 1, and the rows after these come next. Or 0: nothing is fetched.
+// sum[r][j] = Σ over segments and steps v[r·row_stride + segment·v_segment + step·v_step] ·
+// u[segment·u_segment + step·u_step + j], vectors j; each sum goes to finish(r, j, sum).
+// kLinesAhead: fetched with each step, from `ahead` on; and v_step is 1, and the rows after these
+// come next. Or 0: nothing is fetched.
 template <int kRows, int kVectors, int kLinesAhead, class Finish>
 RESFAST_INLINE void product_block(const float* v, int64_t row_stride, int64_t v_step,
-                                  const float* u, int64_t u_step, int64_t steps, const float* ahead,
+                                  const float* u, int64_t u_step, int64_t steps, int64_t segments,
+                                  int64_t v_segment, int64_t u_segment, const float* ahead,
                                   Finish finish) {
   FloatVec sum[kRows][kVectors];
 #pragma GCC unroll 8
@@ -44,29 +46,33 @@ RESFAST_INLINE void product_block(const float* v, int64_t row_stride, int64_t v_
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) sum[r][j] = FloatVec{};
   }
-  const float* lower = v + 3 * row_stride;  // three rows from one address: strides of 0, 1, 2
-  for (int64_t step = 0; step < steps; ++step) {
-    if (kLinesAhead > 0 && step % kLineFloats == 0) {
+  for (int64_t segment = 0; segment < segments; ++segment) {
+    const float* at = v + segment * v_segment;
+    const float* columns_at = u + segment * u_segment;
+    const float* lower = at + 3 * row_stride;  // three rows from one address: strides of 0, 1, 2
+    for (int64_t step = 0; step < steps; ++step) {
+      if (kLinesAhead > 0 && step % kLineFloats == 0) {
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) __builtin_prefetch(v + (kRows + r) * row_stride);
+        for (int r = 0; r < kRows; ++r) __builtin_prefetch(at + (kRows + r) * row_stride);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kLinesAhead; ++i) __builtin_prefetch(ahead + i * kLineFloats, 0, 2);
+      ahead += kLinesAhead * kLineFloats;
+      FloatVec columns[kVectors];
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) {
+        columns[j] = in_register(load_raw<FloatVec>(columns_at + j * kProductLanes));
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const FloatVec value = splat(r < 3 ? at[r * row_stride] : lower[(r - 3) * row_stride]);
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) sum[r][j] += value * columns[j];
+      }
+      at += v_step;
+      lower += v_step;
+      columns_at += u_step;
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < kLinesAhead; ++i) __builtin_prefetch(ahead + i * kLineFloats, 0, 2);
-    ahead += kLinesAhead * kLineFloats;
-    FloatVec columns[kVectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) {
-      columns[j] = in_register(load_raw<FloatVec>(u + j * kProductLanes));
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const FloatVec value = splat(r < 3 ? v[r * row_stride] : lower[(r - 3) * row_stride]);
-#pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) sum[r][j] += value * columns[j];
-    }
-    v += v_step;
-    lower += v_step;
-    u += u_step;
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -131,6 +137,75 @@ RESFAST_INLINE void with_vectors(int64_t vectors, Call call) {
       return call(Int<2>{});
     default:
       return call(Int<1>{});
+  }
+}
+
+// to[j·to_stride + i] = from[i·from_stride + j], of as many rows and columns as there are lanes
+RESFAST_INLINE void transpose(const float* from, int64_t from_stride, float* to,
+                              int64_t to_stride) {
+  FloatVec v[kProductLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kProductLanes; ++i) v[i] = load_raw<FloatVec>(from + i * from_stride);
+  // Blocks beside the diagonal change places, from halves down to single values.
+#pragma GCC unroll 4
+  for (int size = kProductLanes / 2; size >= 1; size /= 2) {
+    IntVec upper, lower;
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kProductLanes; ++lane) {
+      upper[lane] = lane & size ? lane - size + kProductLanes : lane;
+      lower[lane] = lane & size ? lane + kProductLanes : lane + size;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kProductLanes; ++i) {
+      if (i & size) continue;
+      const FloatVec a = v[i], b = v[i + size];
+      v[i] = __builtin_shuffle(a, b, upper);
+      v[i + size] = __builtin_shuffle(a, b, lower);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kProductLanes; ++i) store_raw(to + i * to_stride, v[i]);
+}
+
+// A panel of filters, to[channel][kPanelColumns] of from[column·column_stride +
+// channel·channel_stride], each column times its factor; zero beyond the columns there are.
+inline void pack_panel(const float* from, int64_t column_stride, int64_t channel_stride,
+                       int64_t columns, int64_t channels, const float* factors, float* to) {
+  int64_t column = 0;
+  for (; column + kProductLanes <= columns; column += kProductLanes) {
+    const FloatVec factor = factors ? load_raw<FloatVec>(factors + column) : splat(1.0f);
+    const float* const at = from + column * column_stride;
+    float* const panel = to + column;
+    int64_t channel = 0;
+    if (channel_stride == 1) {
+      for (; channel + kProductLanes <= channels; channel += kProductLanes) {
+        float block[kProductLanes * kProductLanes];
+        transpose(at + channel, column_stride, block, kProductLanes);
+        for (int64_t i = 0; i < kProductLanes; ++i) {
+          store_raw(panel + (channel + i) * kPanelColumns,
+                    load_raw<FloatVec>(block + i * kProductLanes) * factor);
+        }
+      }
+    } else if (column_stride == 1) {
+      for (; channel < channels; ++channel) {
+        store_raw(panel + channel * kPanelColumns,
+                  load_raw<FloatVec>(at + channel * channel_stride) * factor);
+      }
+    }
+    for (; channel < channels; ++channel) {
+      for (int64_t j = 0; j < kProductLanes; ++j) {
+        panel[channel * kPanelColumns + j] =
+            at[j * column_stride + channel * channel_stride] * factor[j];
+      }
+    }
+  }
+  for (; column < kPanelColumns; ++column) {
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      to[channel * kPanelColumns + column] =
+          column < columns ? from[column * column_stride + channel * channel_stride] *
+                                 (factors ? factors[column] : 1.0f)
+                           : 0.0f;
+    }
   }
 }
 

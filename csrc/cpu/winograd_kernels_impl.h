@@ -124,33 +124,6 @@ RESFAST_INLINE void filter_to_points<4>(const DoubleVec* f, DoubleVec* out) {
   out[5] = f[2];
 }
 
-// to[j·to_stride + i] = from[i·from_stride + j], of as many rows and columns as there are lanes
-RESFAST_INLINE void transpose(const float* from, int64_t from_stride, float* to,
-                              int64_t to_stride) {
-  FloatVec v[kProductLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kProductLanes; ++i) v[i] = load_raw<FloatVec>(from + i * from_stride);
-  // Blocks beside the diagonal change places, from halves down to single values.
-#pragma GCC unroll 4
-  for (int size = kProductLanes / 2; size >= 1; size /= 2) {
-    IntVec upper, lower;
-#pragma GCC unroll 16
-    for (int lane = 0; lane < kProductLanes; ++lane) {
-      upper[lane] = lane & size ? lane - size + kProductLanes : lane;
-      lower[lane] = lane & size ? lane + kProductLanes : lane + size;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kProductLanes; ++i) {
-      if (i & size) continue;
-      const FloatVec a = v[i], b = v[i + size];
-      v[i] = __builtin_shuffle(a, b, upper);
-      v[i + size] = __builtin_shuffle(a, b, lower);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kProductLanes; ++i) store_raw(to + i * to_stride, v[i]);
-}
-
 template <int kTile>
 void winograd_weight(const WinogradWeight& t) {
   constexpr int kSide = kTile + 2;
@@ -303,7 +276,7 @@ void product_rows(const WinogradProduct& t) {
       float* m = t.m + row * t.m_stride;
       with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
         product_block<decltype(count)::value, kVectors, kLinesAhead>(
-            v, t.v_stride, 1, u, kPanelColumns, channels, ahead,
+            v, t.v_stride, 1, u, kPanelColumns, channels, 1, 0, 0, ahead,
             [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
               float* to = m + r * t.m_stride + j * kProductLanes;
               store_raw(to, add ? load_raw<FloatVec>(to) + sum : sum);
@@ -328,7 +301,7 @@ void correlation_rows(const WinogradCorrelation& t) {
     float* sums = t.sums + channel * t.sum_stride;
     with_rows(channels, [&](auto count) RESFAST_INLINE_LAMBDA {
       product_block<decltype(count)::value, kVectors, /*kLinesAhead=*/0>(
-          t.v + channel, 1, t.v_stride, t.d, t.d_stride, t.tiles, nullptr,
+          t.v + channel, 1, t.v_stride, t.d, t.d_stride, t.tiles, 1, 0, 0, nullptr,
           [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
             float* to = sums + r * t.sum_stride + j * kProductLanes;
             store_raw(to, t.add ? load_raw<FloatVec>(to) + sum : sum);

@@ -1,0 +1,5 @@
+#include "cpu/direct_kernels_impl.h"
+
+namespace resfast {
+const DirectKernels direct_kernels_scalar = RESFAST_DIRECT_KERNELS;
+}  // namespace resfast
