@@ -173,6 +173,8 @@ class Backend:
     name: str
     # whether a block's end runs as norm_join_reduce and norm_join_apply
     joins = False
+    # whether its statistics are known to be as docs/numerics.md has them
+    exact_statistics = True
     # why norm, ReLU and max-pool are not one kernel, of a backend that has kernels
     pool_reason: str | None = None
 

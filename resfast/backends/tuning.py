@@ -218,6 +218,11 @@ def choose_name(key: str, runs: dict[str, Callable[[], Any]], device: torch.devi
     return names[best.number]
 
 
+def chosen_name(key: str, choice: Sequence[int]) -> str:
+    """What a remembered choice of ``choose_name`` means."""
+    return key.rsplit(" ", 1)[1].split("/")[choice[0]]
+
+
 def fastest(
     key: str,
     candidates: Sequence[Any],
