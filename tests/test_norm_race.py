@@ -491,7 +491,7 @@ def noisy(y, mean, var, z, beta):
 
 
 def without_nan(y, mean, var, z, beta):
-    y.nan_to_num_()
+    y[:, 1].nan_to_num_()
 
 
 def without_a_residuals_nan(y, mean, var, z, beta):
@@ -529,6 +529,36 @@ def test_one_with_a_fault_does_not_race(three, monkeypatch, dtype, spoil):
     assert norm_race._fault(three["cudnn"], like, "output") == FAULTS[spoil]
     assert found("norm_apply", like.shape, dtype, saved="output") == "triton"
     assert found("norm_backward_apply", like.shape, dtype, saved="output") == "cudnn"
+
+
+@pytest.mark.parametrize(
+    ("form", "forward", "backward"),
+    [
+        ("bits", {"residual", "mask", "relu"}, {"du", "dy2", "mask", "relu"}),
+        ("output", {"residual", "relu"}, {"y", "du", "relu"}),
+        ("no relu", set(), set()),
+        ("", {"relu"}, {"relu"}),
+    ],
+)
+def test_a_form_is_measured_with_what_it_runs_with(form, forward, backward):
+    given = {}
+
+    class Recording(EagerBackend):
+        def reads_once(self, z):
+            return True
+
+        def norm_forward(self, z, w, b, eps, residual, relu, add_after_act, mask):
+            given["norm_forward"] = {"residual": residual, "relu": relu or None, "mask": mask}
+
+        def norm_backward(self, dy, z, a, rstd, y, relu, activation, du, dy2=None, mask=None):
+            options = {"y": y, "du": du, "dy2": dy2, "mask": mask}
+            given["norm_backward"] = options | {"relu": relu or None}
+
+    z = nhwc(torch.zeros(2, 8, 5, 4))
+    for name, expected in (("norm_forward", forward), ("norm_backward", backward)):
+        backend = Recording()
+        norm_race._SETUPS[name, form](z, form, (), backend)(backend)
+        assert {k for k, v in given[name].items() if v is not None} == expected
 
 
 @pytest.mark.parametrize("race", [r for r in norm_race._SETUPS if r[1] in norm_race.SAVED], ids=str)
