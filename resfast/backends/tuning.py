@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+from resfast.backends.interface import ConvGeometry, takes_tf32
 
 MODES = ("first", "never")
 FORMAT = 1
@@ -143,6 +146,14 @@ def retuning() -> Iterator[None]:
 def is_retuning() -> bool:
     """Whether what is remembered may be measured anew."""
     return _retuning
+
+
+def convolution_key(function: str, t: Tensor, weight: Tensor, g: ConvGeometry) -> str:
+    """A convolution's size, as measurements are kept by; t is x, or dz for a gradient."""
+    dtype = "tf32" if takes_tf32(t) else str(t.dtype).removeprefix("torch.")
+    shapes = " ".join("x".join(map(str, each.shape)) for each in (t, weight))
+    numbers = ",".join(str(v) for pair in g[:3] for v in pair)
+    return f"{function} {dtype} {shapes} {numbers}"
 
 
 _measured: set[str] = set()
