@@ -183,6 +183,16 @@ def test_a_size_is_measured_once_and_remembered(race, monkeypatch):
     assert tuning.tiles_of("").known["norm_forward bfloat16 2x8x4x4 cuda/triton"] == [0]
 
 
+def test_measurements_are_of_one_cudnn(monkeypatch, tmp_path):
+    """What it was found to hold says nothing of another."""
+    monkeypatch.setenv("RESFAST_CACHE_DIR", str(tmp_path))
+    for version, known in ((91900, []), (91900, ["key"]), (92000, [])):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
+        tiles = tuning.tiles_of.__wrapped__(pretended.GPU)
+        assert list(tiles.known) == known
+        tiles.remember("key", [0])
+
+
 def test_what_is_known_costs_one_lookup(race, monkeypatch):
     found("norm_apply")
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from resfast.backends.interface import ConvGeometry, takes_tf32
 
 MODES = ("first", "never")
-FORMAT = 1
+FORMAT = 2
 REPETITIONS = 10
 # a candidate this much slower than the best is not measured further
 HOPELESS = 1.5
@@ -116,7 +116,9 @@ def tiles_of(device: str) -> Tiles:
         version = triton.__version__
     except ImportError:  # CUTLASS's are measured without it
         version = ""
-    return Tiles(device, {"torch": torch.__version__, "triton": version})
+    # whose kernels race, and what was found of cuDNN's statistics before they did
+    cudnn = str(torch.backends.cudnn.version())
+    return Tiles(device, {"torch": torch.__version__, "triton": version, "cudnn": cudnn})
 
 
 @functools.cache
@@ -248,7 +250,7 @@ def fastest(
     times: dict[Any, float] = {}
     errors = []
     for i, tile in enumerate(candidates):
-        _progress(f"resfast: measuring {key}: tile {i + 1} of {len(candidates)}")
+        _progress(f"resfast: measuring {key}: candidate {i + 1} of {len(candidates)}")
 
         def candidate(tile: Any = tile) -> Any:
             return run(tile)
