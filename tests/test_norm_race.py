@@ -520,7 +520,8 @@ FAULTS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_cudnns_graphs_in_float32_have_no_fault(three, dtype, form):
     like = nhwc(torch.empty(4, 8, 16, 16, dtype=dtype))
-    assert norm_race._fault(three["cudnn"], like, form) is None
+    assert norm_race._forward_fault(three["cudnn"], like, form) is None
+    assert norm_race._backward_fault(three["cudnn"], like, form) is None
 
 
 @pytest.mark.parametrize("spoil", FAULTS, ids=lambda f: f.__name__)
@@ -536,7 +537,7 @@ def test_one_with_a_fault_does_not_race(three, monkeypatch, dtype, spoil):
     three.faster("cudnn", *ONCE)
     monkeypatch.setattr(TimedCudnn, "norm_forward", spoilt)
     like = nhwc(torch.zeros(4, 8, 16, 16, dtype=dtype))
-    assert norm_race._fault(three["cudnn"], like, "output") == FAULTS[spoil]
+    assert norm_race._forward_fault(three["cudnn"], like, "output") == FAULTS[spoil]
     assert found("norm_apply", like.shape, dtype, saved="output") == "triton"
     assert found("norm_backward_apply", like.shape, dtype, saved="output") == "cudnn"
 
@@ -569,6 +570,53 @@ def test_a_form_is_measured_with_what_it_runs_with(form, forward, backward):
         backend = Recording()
         norm_race._SETUPS[name, form](z, form, (), backend)(backend)
         assert {k for k, v in given[name].items() if v is not None} == expected
+
+
+def folded(dy, z, affine, rstd, dz, sum_du, sum_du_xhat):
+    """x̂ as z·rstd − mean·rstd, rounded in between."""
+    xhat = z.float() * rstd.view(-1, 1, 1) - (affine.mean * rstd).view(-1, 1, 1)
+    sum_du_xhat.copy_((dy.float() * xhat).sum((0, 2, 3)))
+
+
+def one_more(dy, z, affine, rstd, dz, sum_du, sum_du_xhat):
+    sum_du += 0.01 * count(z)
+
+
+def gradient_off(dy, z, affine, rstd, dz, sum_du, sum_du_xhat):
+    dz += 0.1 * rstd.view(-1, 1, 1)
+
+
+BACKWARD_FAULTS = {
+    folded: "loses the sums of values far from 0",
+    one_more: "loses the sums of values far from 0",
+    gradient_off: "loses the gradient of values far from 0",
+}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "dtype"),
+    [
+        (spoil, dtype)
+        for spoil in BACKWARD_FAULTS
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        if (spoil, dtype) != (folded, torch.bfloat16)  # mean/std is too small to tell
+    ],
+    ids=lambda p: getattr(p, "__name__", str(p)),
+)
+def test_one_with_a_fault_backward_does_not_race(three, monkeypatch, dtype, spoil):
+    backward = TimedCudnn.norm_backward
+
+    def spoilt(self, dy, z, affine, rstd, *args):
+        results = backward(self, dy, z, affine, rstd, *args)
+        spoil(dy, z, affine, rstd, *results)
+        return results
+
+    three.faster("cudnn", *ONCE)
+    monkeypatch.setattr(TimedCudnn, "norm_backward", spoilt)
+    like = nhwc(torch.zeros(4, 8, 16, 16, dtype=dtype))
+    assert norm_race._backward_fault(three["cudnn"], like, "no relu") == BACKWARD_FAULTS[spoil]
+    assert found("norm_backward_apply", like.shape, dtype, saved="no relu") == "triton"
+    assert found("norm_apply", like.shape, dtype, saved="no relu") == "cudnn"
 
 
 @pytest.mark.parametrize("race", [r for r in norm_race._SETUPS if r[1] in norm_race.SAVED], ids=str)

@@ -10,7 +10,7 @@ cudnn races the faster of them where a whole pass is asked for at once and the R
 computed again backward, with the residual, bits and second gradient that its graphs take: see
 ``SAVED``. Elsewhere it does not race: it rounds u in a way of its own, which may have the other
 sign where u is 0 but for rounding, and its statistics and sums alone are whole passes. It races
-only at sizes where its forward pass is found to keep what docs/numerics.md promises of statistics.
+only at sizes where the pass is found to keep what docs/numerics.md promises.
 
 Never executed on a GPU so far.
 """
@@ -52,6 +52,9 @@ BITS, OUTPUT, NO_RELU = SAVED = ("bits", "output", "no relu")
 MAX_POOL = "max-pool"
 
 _EPS = 1e-5
+# of docs/numerics.md: the relative error of a variance, of values this far from 0
+_EXACT = 1e-5
+_BASE = 900.0
 # by pass, shape, dtype, device and form: who lost, and to whom
 _known: dict[tuple, dict[str, str]] = {}
 
@@ -136,8 +139,8 @@ def _fastest(
 
     def run(backend: Backend) -> Callable[[], Any]:
         def measured() -> Any:
-            if name == "norm_forward" and not (backend.exact_statistics or backend.name in passed):
-                fault = _fault(backend, z, form)
+            if not (backend.exact_statistics or backend.name in passed):
+                fault = _FAULTS[name](backend, z, form)
                 if fault is not None:
                     raise ArithmeticError(f"{backend.name} {fault}")
                 passed.add(backend.name)
@@ -154,20 +157,24 @@ def _fastest(
         return backends[0].name
 
 
-def _fault(backend: Backend, like: Tensor, form: str) -> str | None:
+def _far_from_zero(like: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(z, high, step): z = _BASE + step·high, of which high is 0 or 1 at random."""
+    step = max(0.1875, 512 * torch.finfo(like.dtype).eps)
+    generator = torch.Generator(like.device).manual_seed(0)  # nobody's random numbers change
+    high = torch.empty(like.shape, dtype=torch.uint8, device=like.device)
+    high = nhwc(high.random_(0, 2, generator=generator))
+    high[:, 0] = 0
+    return nhwc((_BASE + step * high).to(like.dtype)), high, step
+
+
+def _forward_fault(backend: Backend, like: Tensor, form: str) -> str | None:
     """What its forward pass at this size breaks of docs/numerics.md, or None.
 
-    Every channel holds two neighbouring values far from 0, of which the variance is known exactly;
-    the first one of them, the second a NaN, as has the residual in the third.
+    Of values far from 0 whose variance is known exactly; the first channel is constant, the second
+    has a NaN, and so has the residual in the third.
     """
-    base = 900.0
-    step = max(0.1875, 512 * torch.finfo(like.dtype).eps)
-    generator = torch.Generator(like.device).manual_seed(0)
-    high = torch.empty(like.shape, dtype=torch.uint8, device=like.device)
-    high.random_(0, 2, generator=generator)
-    high[:, 0] = 0
-    share = high.sum((0, 2, 3), dtype=torch.float64) / (like.numel() // like.shape[1])
-    z = nhwc((base + step * high).to(like.dtype))
+    z, high, step = _far_from_zero(like)
+    share = high.sum((0, 2, 3), dtype=torch.float64) / (z.numel() // z.shape[1])
     z[0, 1, 0, 0] = torch.nan
     residual = mask = None
     if form in (BITS, OUTPUT):
@@ -175,20 +182,65 @@ def _fault(backend: Backend, like: Tensor, form: str) -> str | None:
         residual[0, 2, 0, 0] = torch.nan
     if form == BITS:
         mask = z.new_empty(mask_shape(z.shape), dtype=torch.uint8)
-    ones = z.new_ones(z.shape[1], dtype=torch.float32)
+    _, ones, _ = _vectors(z)
     y, _, var = backend.norm_forward(z, ones, ones, _EPS, residual, form != NO_RELU, False, mask)
     exact = step**2 * share * (1 - share)
-    # NaN fails each comparison
-    exactly = (var.double() - exact).abs() <= 1e-5 * (exact + _EPS)
-    exactly[1] = True
-    if not exactly.all():
+    held = (var.double() - exact).abs() <= _EXACT * (exact + _EPS)
+    held[1] = True
+    if not held.all():
         return "loses the variance of values far from 0"
     if not ((y[:, 0].float() - 1).abs() < 1e-3).all():
         return "does not return beta for a constant channel"
-    lost_nan = not y[:, 1].isnan().all()
-    if lost_nan or (residual is not None and not y[0, 2, 0, 0].isnan()):
-        return "hides a NaN"
+    nan = y[:, 1].isnan().all() and (residual is None or y[0, 2, 0, 0].isnan())
+    return None if nan else "hides a NaN"
+
+
+def _backward_fault(backend: Backend, like: Tensor, form: str) -> str | None:
+    """``_forward_fault`` of its backward pass: gradients of 1 and 2 at values far from 0."""
+    z, high, step = _far_from_zero(like)
+    n = z.numel() // z.shape[1]
+    _, ones, zeros = _vectors(z)
+    rstd = ones * (0.7 / step)
+    affine = Affine(ones * _BASE, rstd, zeros)
+    dy = high.flip(0) + 1
+    relu = form != NO_RELU
+    y = mask = None
+    if form == OUTPUT:
+        y = high.to(z.dtype)
+    if form == BITS:
+        bits = high.permute(0, 2, 3, 1).reshape(*mask_shape(z.shape), 8)
+        mask = (bits << torch.arange(8, dtype=torch.uint8, device=z.device)).sum(2).to(torch.uint8)
+    dz, *sums = backend.norm_backward(
+        dy.to(z.dtype),
+        z,
+        affine,
+        rstd,
+        y,
+        relu,
+        None,
+        None if y is None else torch.empty_like(z),
+        None,
+        mask,
+    )
+    du = dy * high if relu else dy
+    width = step * rstd.double()  # between two x̂
+    exact = (
+        du.sum((0, 2, 3), dtype=torch.float64),
+        width * (du * high).sum((0, 2, 3), dtype=torch.float64),
+    )
+    if not all(((s - e).abs() <= _EXACT * n).all() for s, e in zip(sums, exact, strict=True)):
+        return "loses the sums of values far from 0"
+    few = slice(8)  # channels: float64 takes memory
+    mean_du, mean_du_xhat = ((e / n)[few].view(-1, 1, 1) for e in exact)
+    xhat = width[few].view(-1, 1, 1) * high[:, few]
+    expected = rstd[0].double() * (du[:, few] - mean_du - xhat * mean_du_xhat)
+    allowed = torch.finfo(z.dtype).eps * expected.abs() + _EXACT * rstd[0]
+    if not ((dz[:, few].double() - expected).abs() <= allowed).all():
+        return "loses the gradient of values far from 0"
     return None
+
+
+_FAULTS = {"norm_forward": _forward_fault, "norm_backward": _backward_fault}
 
 
 def _vectors(z: Tensor) -> tuple[Affine, Tensor, Tensor]:
