@@ -14,18 +14,21 @@ import sys
 from types import SimpleNamespace
 
 import needs
+import pretended
 import pytest
 import torch
 from cuda_on_cpu.emulator import compile_program, missing_compiler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 import resfast
 from resfast import native
-from resfast.backends import cutlass, tuning
+from resfast.backends import cutlass, select, tuning
 from resfast.backends.cuda import CudaBackend
+from resfast.backends.eager import EagerBackend
+from resfast.backends.engines import plan_convolution
 from resfast.backends.interface import Affine, Backend, ConvGeometry, NormVectors, nhwc
-from resfast.backends.triton import TritonBackend
+from resfast.nn import ConvBNAct
 
 ops = torch.ops.resfast
 DTYPES = (torch.bfloat16, torch.float16)
@@ -455,10 +458,6 @@ def test_a_view_between_16_bytes_is_copied():
 # ---- when they are chosen
 
 
-def vectors(k: int) -> NormVectors:
-    return NormVectors(torch.rand(k), torch.rand(k), torch.rand(k), torch.rand(k) + 0.5, 1e-5)
-
-
 def choosing(tile: cutlass.Tile, seen: list):
     def choose(key, candidates, run, device):
         seen.append((key, list(candidates)))
@@ -469,56 +468,142 @@ def choosing(tile: cutlass.Tile, seen: list):
     return choose
 
 
-def test_unmeasured_the_others_run():
-    x, weight = randn(1, 8, 4, 4, device="cpu"), randn(8, 8, 3, 3, device="cpu")
-    other = randn(1, 8, 4, 4, device="cpu")
-    arguments = (x, weight, None, geometry(padding=1), None, None, True, False)
-    assert cutlass.fastest_affine(*arguments, lambda: other) is other
-    z = (other, None)
-    assert cutlass.fastest_stats(x, weight, geometry(padding=1), lambda: z) is z
+class Own(pretended.Triton):
+    """Triton's backend, a kernel of its own for 1×1 convolutions, with PyTorch's own norms."""
+
+    norm_prepare = Backend.norm_prepare
+    norm_stats = EagerBackend.norm_stats
+    norm_apply = EagerBackend.norm_apply
+
+    def reads_once(self, z):
+        return False
+
+    def conv_fprop_affine(self, x, weight, bias, g, norm, residual, relu, add_after_act):
+        z = Backend.conv_fprop(self, x, weight, bias, g)
+        affine = norm.affine(z.dtype)
+        return EagerBackend().norm_apply(z, affine, residual, None, relu, add_after_act)
+
+    def conv_fprop_fused(self, x, weight, bias, g, prologue, statistics, exact=False):
+        z = Backend.conv_fprop(self, x, weight, bias, g)
+        return z, EagerBackend().norm_stats(z) if statistics else None
 
 
-def norm_in_float32(
-    self, z, affine, residual, residual_affine, relu, add_after_act, out=None, mask=None
-):
-    """Of a backend whose kernels run on another device."""
-    u = (z.double() - channels(affine.mean)) * channels(affine.scale) + channels(affine.beta)
-    u = u if residual is None else u + residual.double()
-    return (u.relu() if relu else u).to(z.dtype)
+class Cuda(CudaBackend):
+    """The CUDA backend with PyTorch's own norms."""
+
+    norm_prepare = Backend.norm_prepare
+    norm_apply = EagerBackend.norm_apply
+
+    def unavailable_reason(self):
+        return None
+
+    def declines(self, function, z):
+        return None
 
 
-@needs.native_library
-@pytest.mark.parametrize("tile", [cutlass.OTHER, cutlass.TILES[1]])
-@pytest.mark.parametrize("backend", [CudaBackend(), TritonBackend()], ids=lambda b: b.name)
-def test_inference_runs_what_was_measured_to_be_faster(monkeypatch, backend, tile):
-    """A 3×3 convolution, which Triton's kernels leave to the library unless measured."""
-    if backend.name == "triton":
-        pytest.importorskip("triton")
-    x, weight = randn(2, 8, 4, 4, device="cpu"), randn(16, 8, 3, 3, device="cpu")
-    residual, bias = randn(2, 16, 4, 4, device="cpu"), randn(16, device="cpu")
-    g, norm, seen, ran = geometry(padding=1), vectors(16), [], []
-    assert backend.epilogue_declines(x, weight, g, residual) is not None
+@pytest.fixture
+def built(monkeypatch, tmp_path):
+    """A build with CUTLASS, on a CPU that stands in for a Hopper; yields who runs, in order."""
+    pretended.device(monkeypatch, tmp_path, Own())
+    monkeypatch.setattr(cutlass, "cutlass_declines", lambda *arguments: None)
+    monkeypatch.setattr(native, "cutlass_missing", lambda: None)
+    ran = []
 
     class Kernels(Replacement):
         def _cuda_conv_affine(self, **a):
             ran.append((a["tile_m"], a["tile_n"]))
             super()._cuda_conv_affine(**a)
 
-    monkeypatch.setattr(cutlass, "cutlass_declines", lambda *arguments: None)
+        def _cuda_conv_stats(self, **a):
+            ran.append((a["tile_m"], a["tile_n"]))
+            super()._cuda_conv_stats(**a)
+
     monkeypatch.setattr(cutlass, "_native", Kernels())
+    return ran
+
+
+def layer(side: int) -> ConvBNAct:
+    module = ConvBNAct.make(8, 16, side).to(torch.bfloat16)
+    module.bn.running_mean.normal_()
+    module.bn.running_var.uniform_(0.5, 1.5)
+    return module.eval()
+
+
+def explained(module, x) -> tuple[dict[str, str], str]:
+    with torch.no_grad():
+        report = resfast.explain(module, x)
+    return {f: b for row in report.rows for f, b in row.backends.items()}, str(report)
+
+
+@needs.native_library
+@pytest.mark.parametrize("side", [1, 3])
+@pytest.mark.parametrize("tile", [cutlass.OTHER, cutlass.TILES[1]])
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_inference_runs_and_names_what_was_measured_to_be_faster(
+    built, monkeypatch, name, tile, side
+):
+    """A 3×3 convolution is one that Triton's kernels leave to the library unless measured."""
+    if name == "cuda":
+        monkeypatch.setattr(select, "_BACKENDS", {"cuda": Cuda(), "eager": EagerBackend()})
+    seen: list = []
+    x, module = randn(2, 8, 4, 4, device="cpu"), layer(side)
+    residual = randn(2, 16, 4, 4, device="cpu")
+    with monkeypatch.context() as eager, torch.no_grad():
+        eager.setattr(select, "_forced", "eager")
+        expected = module(x), module(x, residual)
     monkeypatch.setattr(tuning, "choose", choosing(tile, seen))
-    monkeypatch.setattr(type(backend), "norm_prepare", Backend.norm_prepare)
-    monkeypatch.setattr(type(backend), "norm_apply", norm_in_float32)
-    assert backend.epilogue_declines(x, weight, g, residual) is None
-    y = backend.conv_fprop_affine(x, weight, bias, g, norm, residual, True, False)
+    backends, text = explained(module, x)
     ((key, candidates),) = seen
-    assert key == "conv_fprop bfloat16 2x8x4x4 16x8x3x3 1,1,1,1,1,1 cutlass affine residual"
+    padding = side // 2
+    assert key == (
+        f"conv_fprop bfloat16 2x8x4x4 16x8x{side}x{side} 1,1,{padding},{padding},1,1 cutlass affine"
+    )
     assert candidates == [cutlass.OTHER, *cutlass.TILES]
-    assert ran == [*cutlass.TILES, *(t for t in [tile] if t != cutlass.OTHER)]
-    z = conv2d(x.double(), weight.double(), bias.double(), padding=1)
-    affine = norm.affine(torch.float32)
-    expected = norm_in_float32(None, z, affine, residual, None, True, False)
-    torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=5e-2)
+    assert built == [*cutlass.TILES, *(t for t in [tile] if t != cutlass.OTHER)]
+    if tile != cutlass.OTHER:
+        assert backends == {"conv_fprop": "cutlass+epilogue"}
+    elif (name, side) == ("triton", 1):
+        assert backends == {"conv_fprop": "triton+epilogue"}
+    else:
+        assert backends == {"conv_fprop": name, "norm_apply": name}
+        assert "CUTLASS's was not measured to be faster" in text
+    with torch.no_grad():
+        got = module(x), module(x, residual)
+    assert seen[-1][0].endswith(" cutlass affine residual")
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=5e-2)
+
+
+@needs.native_library
+@pytest.mark.parametrize("side", [1, 3])
+def test_unmeasured_the_others_run(built, monkeypatch, side):
+    monkeypatch.setenv("RESFAST_TUNE", "never")
+    backends, _ = explained(layer(side), randn(2, 8, 4, 4, device="cpu"))
+    own = {"conv_fprop": "triton+epilogue"}
+    assert backends == (own if side == 1 else {"conv_fprop": "triton", "norm_apply": "triton"})
+    assert not built
+
+
+def test_without_cutlass_a_reason_is_given(built, monkeypatch):
+    monkeypatch.setattr(select, "_BACKENDS", {"cuda": Cuda(), "eager": EagerBackend()})
+    monkeypatch.setattr(cutlass, "cutlass_declines", lambda *arguments: "not built")
+    backends, text = explained(layer(1), randn(2, 8, 4, 4, device="cpu"))
+    assert backends == {"conv_fprop": "cuda", "norm_apply": "cuda"}
+    assert "cuda convolution epilogue: not built" in text
+
+
+@needs.native_library
+@pytest.mark.parametrize("tile", [cutlass.OTHER, cutlass.TILES[2]])
+def test_training_names_what_takes_the_statistics(built, monkeypatch, tile):
+    module = layer(1).train()
+    x = randn(2, 8, 4, 4, device="cpu")
+    expected = module.bn(module.conv(x)).relu()
+    monkeypatch.setattr(tuning, "choose", choosing(tile, []))
+    backends, _ = explained(module, x)
+    name = "triton" if tile == cutlass.OTHER else "cutlass"
+    assert backends == {"conv_fprop": f"{name}+epilogue", "norm_apply": "triton"}
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), expected, rtol=2e-2, atol=5e-2)
 
 
 @needs.native_library
@@ -533,32 +618,65 @@ def test_inference_runs_what_was_measured_to_be_faster(monkeypatch, backend, til
     ],
 )
 def test_training_asks_for_statistics_where_nothing_else_is_fused(
-    monkeypatch, bias, prologue, statistics, exact, asked
+    built, monkeypatch, bias, prologue, statistics, exact, asked
 ):
-    pytest.importorskip("triton")
-    # Triton's kernels run on a GPU, or in its interpreter where there is none
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x, weight = randn(1, 16, 4, 4, device=device), randn(16, 16, 1, 1, device=device)
+    x, weight = randn(1, 16, 4, 4, device="cpu"), randn(16, 16, 1, 1, device="cpu")
     seen: list = []
-    monkeypatch.setattr(cutlass, "cutlass_declines", lambda *arguments: None)
-    monkeypatch.setattr(cutlass, "_native", Replacement())
-    choose = tuning.choose
-
-    def chosen(key, candidates, run, device):
-        if "cutlass" not in key:
-            return choose(key, candidates, run, device)
-        return choosing(cutlass.TILES[2], seen)(key, candidates, run, device)
-
-    monkeypatch.setattr(tuning, "choose", chosen)
-    affine = Affine(*(torch.rand(16, device=device) for _ in range(3)))
-    z, found = TritonBackend().conv_fprop_fused(
+    monkeypatch.setattr(tuning, "choose", choosing(cutlass.TILES[2], seen))
+    affine = Affine(*(torch.rand(16) for _ in range(3)))
+    kernel = Own().fprop_kernel(
         *(x, weight, torch.ones_like(x[0, :, 0, 0]) if bias else None, geometry()),
         *(affine if prologue else None, statistics, exact),
     )
     assert [key.split()[-1] for key, _ in seen] == (["stats"] if asked else [])
+    assert kernel.name == ("cutlass" if asked else "triton")
+    z, found = kernel.run()
     if statistics:
         mean = z.double().mean((0, 2, 3))
         torch.testing.assert_close(found[0].double(), mean, rtol=1e-5, atol=1e-5)
+
+
+@needs.native_library
+@pytest.mark.parametrize("residual", [False, True])
+def test_an_engine_of_inference_plans(built, monkeypatch, residual):
+    """Beside the others, by its fastest tile, under its own name."""
+    seen: list = []
+    monkeypatch.setattr(tuning, "choose", choosing(cutlass.TILES[2], seen))
+    names: list = []
+    monkeypatch.setattr(
+        tuning, "choose_name", lambda key, runs, device: names.append(list(runs)) or "cutlass"
+    )
+    x, module = randn(2, 8, 4, 4, device="cpu"), layer(3)
+    r = randn(2, 16, 4, 4, device="cpu") if residual else None
+    bn, bias = module.bn, torch.full((16,), 2.0)
+    vectors = (bn.weight.detach(), bn.bias.detach(), bn.running_mean, bn.running_var)
+    run = plan_convolution(
+        *(x, module.conv.weight.detach(), bias, geometry(padding=1)),
+        *(NormVectors(*vectors, bn.eps), r, True, False),
+    )
+    assert names == [["passes", "triton", "cutlass"]]
+    with torch.no_grad():
+        u = bn(module.conv(x) + bias.bfloat16().view(-1, 1, 1))
+    expected = (u if r is None else u + r).relu()
+    built.clear()
+    choices: list[select.Choice] = []
+    with select.listen(choices.append):
+        y = run(x, r, True)
+    assert built[-1] == cutlass.TILES[2]
+    assert seen[-1][1] == list(cutlass.TILES)
+    assert seen[-1][0].endswith(f"cutlass affine{' residual' if residual else ''} tile")
+    (choice,) = choices
+    assert (choice.backend, choice.fused) == ("cutlass", ("epilogue",))
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=5e-2)
+
+
+@needs.native_library
+def test_explain_of_an_optimized_model_names_it(built, monkeypatch):
+    monkeypatch.setattr(tuning, "choose", choosing(cutlass.TILES[0], []))
+    monkeypatch.setattr(tuning, "choose_name", lambda key, runs, device: "cutlass")
+    optimized = resfast.optimize_for_inference(nn.Sequential(layer(3)).eval())
+    backends, _ = explained(optimized, randn(2, 8, 4, 4, device="cpu"))
+    assert backends["conv_fprop"] == "cutlass+epilogue"
 
 
 def test_measurements_are_kept_without_triton(monkeypatch, tmp_path):

@@ -542,8 +542,8 @@ def test_what_races_is_this_backends_own_pass(forced, monkeypatch, race, reads_o
     if not reads_once:
         monkeypatch.setattr(cuda_backend, "HELD_PIXELS", 0)
     backend = select._BACKENDS["cuda"]
-    window = (3, 2, 1) if race[1] else ()
-    norm_race._SETUPS[race](randn(SMALL), window, backend)(backend)
+    window = (3, 2, 1) if race[1] == norm_race.MAX_POOL else ()
+    norm_race._SETUPS[race](randn(SMALL), race[1], window, backend)(backend)
 
 
 def test_ranks_statistics_merge_exactly(forced):

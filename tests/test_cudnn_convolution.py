@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resfast
-from resfast.backends import engines, select, tuning
+from resfast import native
+from resfast.backends import cutlass, engines, select, tuning
 from resfast.backends.cudnn_convolution import cudnn_convolution, fold
 from resfast.backends.engines import plan_convolution
 from resfast.backends.interface import ConvGeometry, NormVectors, nhwc
@@ -264,7 +265,7 @@ def test_plain_pytorch_and_empty_batches_are_left_alone(device):
 # ---- which is faster
 
 
-NAMES = (engines.TRITON, engines.CUDNN, engines.PASSES)
+NAMES = (engines.TRITON, engines.CUDNN, engines.PASSES, engines.CUTLASS)
 
 
 @pytest.fixture
@@ -272,7 +273,8 @@ def engine_names(monkeypatch, device, tmp_path):
     """Engines that write their number and tell the stopwatch; yields what takes which time."""
     monkeypatch.setenv("RESFAST_TUNE", "first")
     pretended.device(monkeypatch, tmp_path, pretended.Triton())
-    watch = pretended.Stopwatch(monkeypatch, {"triton": 3.0, "cudnn": 2.0, "passes": 1.0})
+    milliseconds = {"triton": 3.0, "cudnn": 2.0, "passes": 1.0, "cutlass": 4.0}
+    watch = pretended.Stopwatch(monkeypatch, milliseconds)
 
     def fake(name):
         def run(x, residual, relu, out=None):
@@ -284,7 +286,16 @@ def engine_names(monkeypatch, device, tmp_path):
     monkeypatch.setattr(engines, "_triton", lambda *a: fake("triton"))
     monkeypatch.setattr(engines, "_cudnn", lambda *a: (fake("cudnn"), None))
     monkeypatch.setattr(engines, "_passes", lambda *a: fake("passes"))
+    monkeypatch.setattr(engines, "_cutlass", lambda *a: fake("cutlass"))
     return watch
+
+
+@pytest.fixture
+def four(engine_names, monkeypatch):
+    """In a build with CUTLASS."""
+    monkeypatch.setattr(cutlass, "cutlass_declines", lambda x, weight, g: None)
+    monkeypatch.setattr(native, "cutlass_missing", lambda: None)
+    return engine_names
 
 
 def planned(*args) -> str:
@@ -293,11 +304,11 @@ def planned(*args) -> str:
     return NAMES[int(y.flatten()[0])]
 
 
-@pytest.mark.parametrize("fastest", NAMES)
+@pytest.mark.parametrize("fastest", NAMES[:3])
 def test_the_fastest_is_measured_once_and_remembered(engine_names, monkeypatch, fastest):
     engine_names.milliseconds[fastest] = 0.5
     assert planned() == fastest
-    assert set(engine_names.told) == set(NAMES)
+    assert set(engine_names.told) == set(NAMES[:3])
     engine_names.told.clear()
     pretended.forget(monkeypatch)
     assert planned() == fastest
@@ -346,7 +357,7 @@ def test_fusion_says_which_may_run(engine_names, convolutions, fastest):
     engine_names.milliseconds["triton"] = 3.0 if convolutions == "auto" else 0.5
     with resfast.fusion(convolutions=convolutions):
         assert planned() == fastest
-    expected = {"own": {"triton"}, "library": {"cudnn", "passes"}, "auto": set(NAMES)}
+    expected = {"own": {"triton"}, "library": {"cudnn", "passes"}, "auto": set(NAMES[:3])}
     assert set(engine_names.told) == expected[convolutions]
 
 
@@ -363,6 +374,133 @@ def test_own_leaves_to_the_library_what_triton_declines(engine_names):
     with resfast.fusion(convolutions="own"):
         assert planned(*grouped) == "passes"
     assert "triton" not in engine_names.told
+
+
+@pytest.mark.parametrize("fastest", NAMES)
+def test_what_runs_is_what_is_named(four, fastest):
+    four.milliseconds[fastest] = 0.5
+    x, *rest = arguments()
+    run = plan_convolution(x, *rest, None, True, False)
+    assert set(four.told) == set(NAMES)
+    four.told.clear()
+    (choice,) = choices(lambda: run(x, None, True))
+    assert four.told == [fastest]
+    assert choice.fused == (() if fastest == "passes" else ("epilogue",))
+    assert choice.backend == ("triton" if fastest == "passes" else fastest)
+    (others,) = (k for k, v in choice.declined.items() if "faster here" in v)
+    assert set(others.split(", ")) == set(NAMES) - {fastest}
+
+
+@pytest.mark.parametrize(("side", "expected"), [(1, "triton"), (3, "cudnn")])
+def test_unmeasured_cutlass_does_not_run(four, monkeypatch, side, expected):
+    monkeypatch.setenv("RESFAST_TUNE", "never")
+    assert planned(*arguments(side=side)) == expected
+    for convolutions, other in (("own", "triton"), ("library", "cudnn")):
+        with resfast.fusion(convolutions=convolutions):
+            assert planned(*arguments(side=side)) == other
+    monkeypatch.setattr(pretended.Triton, "kernel_declines", lambda self, x, weight, g: "no")
+    for convolutions in ("own", "auto"):
+        with resfast.fusion(convolutions=convolutions):
+            assert planned(*arguments(side=side)) == "cudnn"
+
+
+@pytest.mark.parametrize("convolutions", ["own", "library", "auto"])
+def test_cutlass_is_one_of_resfasts_own(four, convolutions):
+    four.milliseconds["cutlass"] = 0.1
+    with resfast.fusion(convolutions=convolutions):
+        assert planned() == ("passes" if convolutions == "library" else "cutlass")
+    own, library = {"triton", "cutlass"}, {"cudnn", "passes"}
+    assert set(four.told) == {"own": own, "library": library, "auto": own | library}[convolutions]
+
+
+def test_cutlass_stands_beside_triton_and_cuda_alone(four, monkeypatch):
+    four.milliseconds["cutlass"] = 0.1
+    for name, expected in (("cuda", "cutlass"), ("cudnn", "passes")):
+        backend = pretended.Cuda()
+        backend.name = name
+        monkeypatch.setattr(select, "_BACKENDS", {name: backend})
+        assert planned() == expected
+
+
+@pytest.mark.parametrize("missing", [None, "not built"])
+def test_why_cutlass_declines_is_said_where_it_is_built(four, monkeypatch, missing):
+    monkeypatch.setattr(cutlass, "cutlass_declines", lambda x, weight, g: "channels")
+    monkeypatch.setattr(native, "cutlass_missing", lambda: missing)
+    x, *rest = arguments()
+    run = plan_convolution(x, *rest, None, True, False)
+    (choice,) = choices(lambda: run(x, None, True))
+    assert choice.declined.get("cutlass") == ("channels" if missing is None else None)
+    assert "cutlass" not in four.told
+
+
+# ---- with TF32 and without
+
+
+@pytest.fixture
+def tf32():
+    """Allows or forbids it; as before afterwards."""
+    flags = torch.backends.cudnn.conv
+    before = flags.fp32_precision
+
+    def allow(allowed):
+        flags.fp32_precision = "tf32" if allowed else "ieee"
+
+    yield allow
+    flags.fp32_precision = before
+
+
+def test_a_measurement_under_tf32_holds_there(engine_names, tf32):
+    tf32(True)
+    engine_names.milliseconds["triton"] = 0.5
+    assert planned() == "triton"
+    engine_names.milliseconds["triton"] = 5.0
+    assert planned() == "triton"
+    tf32(False)
+    assert planned() == "passes"
+    half = arguments(dtype=torch.bfloat16)
+    assert planned(*half) == "passes"
+    engine_names.told.clear()
+    tf32(True)
+    assert planned(*half) == "passes"
+    assert engine_names.told == ["passes"], "of no account to 16 bits"
+
+
+def test_whose_convolution_trains_is_known_with_tf32_or_without(engine_names, tf32):
+    x, weight, _, g, _ = arguments()
+    backend = pretended.Triton()
+    milliseconds = {"own": 1.0, "library": 1.0}
+    engine_names.milliseconds.update(milliseconds)
+
+    def compare():
+        key = tuning.convolution_key("conv_fprop", x, weight, g)
+        own, library = (lambda name=name: engine_names.tell(name) for name in milliseconds)
+        tuning.compare_engines(key, own, library, x.device)
+
+    with tuning.retuning():
+        tf32(True)
+        compare()
+        tf32(False)
+        engine_names.milliseconds["own"] = 3.0
+        compare()
+    assert backend.fusing_declines("conv_fprop", x, weight, g) is not None
+    tf32(True)
+    assert backend.fusing_declines("conv_fprop", x, weight, g) is None
+
+
+def test_tiles_are_kept_for_tf32_and_for_exact_products(engine_names, monkeypatch, tf32):
+    pytest.importorskip("triton")
+    keys = []
+
+    def choose(key, candidates, run, device):
+        keys.append(key)
+        return candidates[0]
+
+    monkeypatch.setattr(tuning, "choose", choose)
+    x, weight, _, g, _ = arguments(side=1)
+    for allowed in (True, False):
+        tf32(allowed)
+        pretended.Triton().conv_fprop_fused(x, weight, None, g, None, False)
+    assert [key.split()[1] for key in keys] == ["tf32", "float32"]
 
 
 @pytest.mark.parametrize("residual", ["none", "before", "after"])

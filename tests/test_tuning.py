@@ -77,7 +77,19 @@ def test_tiles_of_other_versions_are_measured_anew(folder):
     assert Tiles("gpu", VERSIONS | {"triton": "3"}).known == {}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 1, "tiles": 3}'])
+def test_a_file_of_another_format_is_not_used(folder):
+    """Format 1 did not tell TF32 from exact products."""
+    Tiles("gpu", VERSIONS).remember("conv 1", LARGE)
+    path = folder / tuning.file_name("gpu")
+    path.write_text(path.read_text().replace(f'"format": {tuning.FORMAT}', '"format": 1'))
+    with warnings.catch_warnings(action="error"):
+        assert Tiles("gpu", VERSIONS).known == {}
+
+
+HEAD = f'{{"format": {tuning.FORMAT}'
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", HEAD + "}", HEAD + ', "tiles": 3}'])
 def test_a_damaged_file_is_named_and_not_used(folder, text):
     (folder / tuning.file_name("gpu")).write_text(text)
     with pytest.warns(UserWarning, match=r"tiles-gpu\.json is not read"):

@@ -11,6 +11,7 @@ from resfast.backends.interface import (
     Affine,
     Below,
     ConvGeometry,
+    Kernel,
     NormGradient,
     NormVectors,
     empty_nhwc,
@@ -44,12 +45,7 @@ class CudaBackend(LibraryPool):
 
     # ---- convolutions
 
-    def epilogue_declines(
-        self, x: Tensor, weight: Tensor, g: ConvGeometry, residual: Tensor | None
-    ) -> str | None:
-        return cutlass.cutlass_declines(x, weight, g)
-
-    def conv_fprop_affine(
+    def affine_kernel(
         self,
         x: Tensor,
         weight: Tensor,
@@ -59,17 +55,11 @@ class CudaBackend(LibraryPool):
         residual: Tensor | None,
         relu: bool,
         add_after_act: bool,
-    ) -> Tensor:
-        affine, _ = self.norm_prepare(norm.mean, norm.var, norm.weight, norm.bias, norm.eps)
-
-        def other() -> Tensor:
-            return cutlass.in_passes(
-                self, x, weight, bias, g, affine, residual, relu, add_after_act
-            )
-
-        return cutlass.fastest_affine(
-            x, weight, bias, g, affine, residual, relu, add_after_act, other
-        )
+    ) -> Kernel | str:
+        arguments = (x, weight, bias, g, norm, residual, relu, add_after_act)
+        own = super().affine_kernel(*arguments)
+        reason = cutlass.cutlass_declines(x, weight, g)
+        return reason or cutlass.affine_kernel(self, *arguments, own)
 
     # ---- per-channel vectors
 

@@ -8,7 +8,7 @@ and have never been executed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,17 @@ from torch import Tensor
 from resfast import native
 from resfast.backends import tuning
 from resfast.backends.fusion import current_fusion
-from resfast.backends.interface import Affine, Backend, ConvGeometry, empty_nhwc, nhwc
+from resfast.backends.interface import (
+    Affine,
+    Backend,
+    ConvGeometry,
+    Kernel,
+    NormVectors,
+    empty_nhwc,
+    nhwc,
+)
 
+NAME = "cutlass"
 _DTYPES = (torch.bfloat16, torch.float16)
 _CAPABILITY = (9, 0)
 _native = torch.ops.resfast
@@ -92,7 +101,6 @@ def conv_affine(
     weight: Tensor,
     bias: Tensor | None,
     g: ConvGeometry,
-    *,
     norm: Affine,
     residual: Tensor | None,
     relu: bool,
@@ -136,7 +144,51 @@ def conv_stats(
     return z, (mean, m2)
 
 
-def fastest_affine(
+def affine_kernel(
+    backend: Backend,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    g: ConvGeometry,
+    norm: NormVectors,
+    residual: Tensor | None,
+    relu: bool,
+    add_after_act: bool,
+    other: Kernel | str,
+) -> Kernel | str:
+    """``conv_affine`` with the fastest tile, or ``other``, whichever was measured to be faster.
+
+    ``other``: a kernel, or why the backend has none; then its passes are what is measured. It is
+    returned too where nothing is.
+    """
+
+    def run(tile: Tile) -> Tensor:
+        if tile == OTHER and isinstance(other, Kernel):
+            y: Tensor = other.run()
+            return y
+        affine, _ = backend.norm_prepare(norm.mean, norm.var, norm.weight, norm.bias, norm.eps)
+        arguments = (x, weight, bias, g, affine, residual, relu, add_after_act)
+        return _in_passes(backend, *arguments) if tile == OTHER else conv_affine(*arguments, tile)
+
+    tile = _choose(x, weight, g, _variant(residual), (OTHER, *TILES), run)
+    if tile != OTHER:
+        return Kernel(NAME, lambda: run(tile))
+    if isinstance(other, Kernel):
+        return other
+    return f"{other}; CUTLASS's was not measured to be faster"
+
+
+def stats_kernel(x: Tensor, weight: Tensor, g: ConvGeometry, other: Kernel) -> Kernel:
+    """``conv_stats`` as ``affine_kernel`` has ``conv_affine``."""
+
+    def run(tile: Tile) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        return other.run() if tile == OTHER else conv_stats(x, weight, g, tile=tile)
+
+    tile = _choose(x, weight, g, "stats", (OTHER, *TILES), run)
+    return other if tile == OTHER else Kernel(NAME, lambda: run(tile))
+
+
+def conv_affine_tiled(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -145,55 +197,33 @@ def fastest_affine(
     residual: Tensor | None,
     relu: bool,
     add_after_act: bool,
-    other: Callable[[], Tensor],
 ) -> Tensor:
-    """``conv_affine`` with the fastest tile, or ``other()``, whichever was measured to be faster.
-
-    Unmeasured, ``other`` runs.
-    """
+    """``conv_affine`` with the tile measured to be the fastest; unmeasured, the first."""
 
     def run(tile: Tile) -> Tensor:
-        if tile == OTHER:
-            return other()
-        return conv_affine(
-            *(x, weight, bias, g),
-            norm=norm,
-            residual=residual,
-            relu=relu,
-            add_after_act=add_after_act,
-            tile=tile,
-        )
+        return conv_affine(x, weight, bias, g, norm, residual, relu, add_after_act, tile)
 
-    variant = "affine" if residual is None else "affine residual"
-    return run(_choose(x, weight, g, variant, run))
+    return run(_choose(x, weight, g, f"{_variant(residual)} tile", TILES, run))
 
 
-def fastest_stats(
-    x: Tensor,
-    weight: Tensor,
-    g: ConvGeometry,
-    other: Callable[[], tuple[Tensor, tuple[Tensor, Tensor] | None]],
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """``conv_stats`` as ``fastest_affine`` has ``conv_affine``."""
-
-    def run(tile: Tile) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        return other() if tile == OTHER else conv_stats(x, weight, g, tile=tile)
-
-    return run(_choose(x, weight, g, "stats", run))
+def _variant(residual: Tensor | None) -> str:
+    return "affine" if residual is None else "affine residual"
 
 
 def _choose(
-    x: Tensor, weight: Tensor, g: ConvGeometry, variant: str, run: Callable[[Tile], Any]
+    x: Tensor,
+    weight: Tensor,
+    g: ConvGeometry,
+    variant: str,
+    tiles: Sequence[Tile],
+    run: Callable[[Tile], Any],
 ) -> Tile:
-    shapes = " ".join("x".join(map(str, t.shape)) for t in (x, weight))
-    numbers = ",".join(str(v) for pair in g[:3] for v in pair)
-    dtype = str(x.dtype).removeprefix("torch.")
-    key = f"conv_fprop {dtype} {shapes} {numbers} cutlass {variant}"
-    tile: Tile = tuning.choose(key, (OTHER, *TILES), run, x.device)
+    key = f"{tuning.convolution_key('conv_fprop', x, weight, g)} {NAME} {variant}"
+    tile: Tile = tuning.choose(key, tiles, run, x.device)
     return tile
 
 
-def in_passes(
+def _in_passes(
     backend: Backend,
     x: Tensor,
     weight: Tensor,

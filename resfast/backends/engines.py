@@ -1,12 +1,13 @@
-"""A convolution of an inference plan on CUDA: by the fastest of three engines for its size.
+"""A convolution of an inference plan on CUDA: by the fastest of these engines for its size.
 
-triton: resfast's own, norm, residual and ReLU in its epilogue. cudnn: the library's fused one, on
-folded weights. passes: the library's, and a norm kernel behind it in place.
+triton: resfast's own, norm, residual and ReLU in its epilogue. cutlass: the same with CUTLASS's
+mainloop, in a build that has it (see ``cutlass``). cudnn: the library's fused one, on folded
+weights. passes: the library's, and a norm kernel behind it in place.
 
-``resfast.fusion(convolutions=…)`` says which may run: "own" leaves triton alone wherever it can,
-"library" the other two, "auto" all three. They are measured when the plan is made, as tiles are
-(see ``tuning``). Where nothing is measured triton runs 1×1 convolutions, and others run on cudnn,
-or else by passes.
+``resfast.fusion(convolutions=…)`` says which may run: "own" leaves triton, and cutlass beside it,
+alone wherever it can, "library" the last two, "auto" all. They are measured when the plan is made,
+as tiles are (see ``tuning``). Where nothing is measured triton runs 1×1 convolutions, and others
+run on cudnn, or else by passes; never on cutlass.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resfast.backends import tuning
+from resfast import native
+from resfast.backends import cutlass, tuning
 from resfast.backends.cudnn_convolution import cudnn_convolution, cudnn_declines
 from resfast.backends.fusion import current_fusion
 from resfast.backends.interface import Affine, Backend, ConvGeometry, NormVectors, nhwc
 from resfast.backends.packed import PackedConvolution
 from resfast.backends.select import find, report, select
-from resfast.backends.triton import TritonBackend, convolution_key
+from resfast.backends.triton import TritonBackend
 
-TRITON, CUDNN, PASSES = "triton", "cudnn", "passes"
+TRITON, CUTLASS, CUDNN, PASSES = "triton", cutlass.NAME, "cudnn", "passes"
 
 
 class _Ending(NamedTuple):
@@ -66,7 +68,14 @@ def plan_convolution(
             runs[TRITON] = _triton(backend, rounded, rounded_bias, g, ending)
         else:
             declined[f"{backend.name} convolution"] = reason
-    if allowed != "own" or not runs:
+    # the backends that CUTLASS's convolutions stand beside
+    if backend.name in ("triton", "cuda") and allowed != "library":
+        reason = cutlass.cutlass_declines(x, rounded, g)
+        if reason is None:
+            runs[CUTLASS] = _cutlass(rounded, bias, g, ending)
+        elif native.cutlass_missing() is None:
+            declined[CUTLASS] = reason
+    if allowed != "own" or TRITON not in runs:
         fused, reason = _cudnn(x, weight, bias, g, ending)
         if fused is not None:
             runs[CUDNN] = fused
@@ -79,7 +88,7 @@ def plan_convolution(
     if rest:
         declined[rest] = f"{engine} is faster here, or expected to be"
     fuses = () if engine == PASSES else ("epilogue",)
-    name = engine if engine == CUDNN else backend.name
+    name = backend.name if engine == PASSES else engine
 
     def run(x: Tensor, residual: Tensor | None, relu: bool, out: Tensor | None = None) -> Tensor:
         report("conv_fprop", name, x, declined, fuses)
@@ -97,13 +106,12 @@ def _fastest(
 ) -> str:
     pointwise = tuple(weight.shape[2:]) == (1, 1)
     order = (TRITON, CUDNN, PASSES) if pointwise else (CUDNN, PASSES, TRITON)
-    candidates = [engine for engine in order if engine in runs]
+    candidates = [engine for engine in (*order, CUTLASS) if engine in runs]
     if len(candidates) == 1:
         return candidates[0]
     joined = ending.residual is not None and ("after" if ending.add_after_act else "before")
-    key = (
-        f"{convolution_key('conv_fprop', x, weight, g)} relu {ending.relu} residual {joined} engine"
-    )
+    size = tuning.convolution_key("conv_fprop", x, weight, g)
+    key = f"{size} relu {ending.relu} residual {joined} engine"
     generator = torch.Generator(x.device).manual_seed(0)  # nobody's random numbers change
 
     def random(like: Tensor | None) -> Tensor | None:
@@ -126,6 +134,19 @@ def _triton(
     def run(x: Tensor, residual: Tensor | None, relu: bool, out: Tensor | None = None) -> Tensor:
         assert out is None
         return backend.conv_fprop_affine(x, weight, bias, g, norm, residual, relu, add_after_act)
+
+    return run
+
+
+def _cutlass(
+    weight: Tensor, bias: Tensor | None, g: ConvGeometry, ending: _Ending
+) -> PackedConvolution:
+    norm, _, _, add_after_act = ending
+    affine = norm.affine(weight.dtype)
+
+    def run(x: Tensor, residual: Tensor | None, relu: bool, out: Tensor | None = None) -> Tensor:
+        assert out is None
+        return cutlass.conv_affine_tiled(x, weight, bias, g, affine, residual, relu, add_after_act)
 
     return run
 

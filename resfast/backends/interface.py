@@ -7,8 +7,8 @@ per-channel vectors are of the accumulation dtype: float32, or float64 for float
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,6 +99,13 @@ class Below(NamedTuple):
     mean2: Tensor | None = None
 
 
+class Kernel(NamedTuple):
+    """A call about to be made, and whose kernel it runs, as reported."""
+
+    name: str
+    run: Callable[[], Any]
+
+
 def make_affine(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Affine, Tensor]:
@@ -128,6 +135,12 @@ def pack_mask(y: Tensor) -> Tensor:
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums, statistics and norm parameters are kept in for activations of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def takes_tf32(t: Tensor) -> bool:
+    """Whether convolutions on CUDA multiply t in TF32: as cuDNN's flag says."""
+    flags: Any = torch.backends.cudnn
+    return t.dtype == torch.float32 and flags.conv.fp32_precision == "tf32"
 
 
 def nhwc(t: Tensor) -> Tensor:
@@ -173,6 +186,8 @@ class Backend:
     name: str
     # whether a block's end runs as norm_join_reduce and norm_join_apply
     joins = False
+    # whether its statistics are known to be as docs/numerics.md has them
+    exact_statistics = True
     # why norm, ReLU and max-pool are not one kernel, of a backend that has kernels
     pool_reason: str | None = None
 
@@ -235,6 +250,24 @@ class Backend:
         """Why ``conv_fprop_affine`` does not take these, or None."""
         return "its convolution is the library's, without such an epilogue"
 
+    def affine_kernel(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        g: ConvGeometry,
+        norm: NormVectors,
+        residual: Tensor | None,
+        relu: bool,
+        add_after_act: bool,
+    ) -> Kernel | str:
+        """``conv_fprop_affine``, or a kernel that does the same faster; or why there is none."""
+        reason = self.epilogue_declines(x, weight, g, residual)
+        if reason is not None:
+            return reason
+        arguments = (x, weight, bias, g, norm, residual, relu, add_after_act)
+        return Kernel(self.name, lambda: self.conv_fprop_affine(*arguments))
+
     def conv_dgrad(self, dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
         """dx ``[N, C, H, W]`` from dz ``[N, K, P, Q]``; of ``x`` only shape and layout matter."""
         return nhwc(_convolution_backward(dz, x, weight, g, (True, False))[0])
@@ -272,6 +305,20 @@ class Backend:
         ``exact``: as of ``norm_stats_exact``.
         """
         raise NotImplementedError
+
+    def fprop_kernel(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        g: ConvGeometry,
+        prologue: Affine | None,
+        statistics: bool,
+        exact: bool,
+    ) -> Kernel:
+        """``conv_fprop_fused``, or a kernel that does the same faster."""
+        arguments = (x, weight, bias, g, prologue, statistics, exact)
+        return Kernel(self.name, lambda: self.conv_fprop_fused(*arguments))
 
     def conv_dgrad_fused(
         self,

@@ -19,8 +19,8 @@ from resfast.backends.interface import Backend
 from resfast.backends.triton import TritonBackend
 
 # in order of preference; the last one takes everything. Triton fuses norms into convolutions, which
-# the CUDA kernels and cuDNN's graphs do not; where the former were measured to run a norm faster,
-# they come first.
+# the CUDA kernels and cuDNN's graphs do not; where these were measured to run a norm faster, they
+# come first.
 _BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (CpuBackend(), TritonBackend(), CudaBackend(), CudnnBackend(), EagerBackend())
@@ -107,26 +107,33 @@ def report(
 
 
 def find(
-    function: str, z: Tensor, window: norm_race.Window | None = None
+    function: str, z: Tensor, window: norm_race.Window | None = None, saved: str | None = None
 ) -> tuple[Backend, dict[str, str]]:
     """``select`` without a report: the backend, and why the ones before it do not.
 
-    ``window``: of the max-pool behind the norm.
+    ``window``: of the max-pool behind the norm. ``saved``: see ``norm_race.lost``.
     """
     declined: dict[str, str] = {}
+    lost: dict[str, str] | None = None
     for name in (_forced,) if _forced else _BACKENDS:
         candidate = _BACKENDS[name]
         reason = _reason_against(candidate, function, z)
-        if reason is None and name == "triton" and not _forced:
-            rival = _BACKENDS.get("cuda")
-            if norm_race.loses(function, candidate, rival, z, window):
-                reason = "cuda was measured to be faster"
+        if reason is None and name in norm_race.RACERS and not _forced:
+            if lost is None:
+                lost = norm_race.lost(function, z, window, saved, lambda: _racers(function, z))
+            if name in lost:
+                reason = f"{lost[name]} was measured to be faster"
         if reason is None:
             return candidate, declined
         declined[name] = reason
     raise RuntimeError(
         f"backend {_forced!r} is forced but does not run {function}: {declined[_forced or '']}"
     )
+
+
+def _racers(function: str, z: Tensor) -> list[Backend]:
+    backends = [_BACKENDS[name] for name in norm_race.RACERS if name in _BACKENDS]
+    return [b for b in backends if _reason_against(b, function, z) is None]
 
 
 def chains(z: Tensor) -> bool:

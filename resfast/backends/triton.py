@@ -18,10 +18,12 @@ from resfast.backends.interface import (
     Backend,
     Below,
     ConvGeometry,
+    Kernel,
     NormGradient,
     NormVectors,
     empty_nhwc,
     nhwc,
+    takes_tf32,
 )
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -119,7 +121,7 @@ class TritonBackend(Backend):
         reason = self.kernel_declines(x, weight, g)
         if reason is not None or choice == "own":
             return reason
-        measured = tuning.known_engine(convolution_key(function, x, weight, g), x.device)
+        measured = tuning.known_engine(tuning.convolution_key(function, x, weight, g), x.device)
         if measured is None and tuple(weight.shape[2:]) != (1, 1):
             return "only 1×1 convolutions are expected to be faster than the library's"
         if measured is False:
@@ -179,17 +181,26 @@ class TritonBackend(Backend):
             return Backend.conv_fprop(self, x, weight, bias, g)
 
         normed, variant = prologue is not None, (prologue, statistics)
+        z, tiles = _fastest("conv_fprop", x, weight, g, normed, variant, run, library)
+        if tiles is None:
+            return z, None
+        return z, kernels.norm.merge_stats(tiles, torch.float64 if exact else torch.float32)
 
-        def own() -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-            z, tiles = _fastest("conv_fprop", x, weight, g, normed, variant, run, library)
-            if tiles is None:
-                return z, None
-            return z, kernels.norm.merge_stats(tiles, torch.float64 if exact else torch.float32)
-
-        plain = bias is None and prologue is None and not exact
-        if plain and statistics and cutlass.cutlass_declines(x, weight, g) is None:
-            return cutlass.fastest_stats(x, weight, g, own)
-        return own()
+    def fprop_kernel(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        g: ConvGeometry,
+        prologue: Affine | None,
+        statistics: bool,
+        exact: bool,
+    ) -> Kernel:
+        own = super().fprop_kernel(x, weight, bias, g, prologue, statistics, exact)
+        statistics_alone = statistics and bias is None and prologue is None and not exact
+        if not statistics_alone or cutlass.cutlass_declines(x, weight, g) is not None:
+            return own
+        return cutlass.stats_kernel(x, weight, g, own)
 
     def conv_dgrad_fused(
         self,
@@ -292,22 +303,30 @@ class TritonBackend(Backend):
             return Backend.conv_fprop(self, x, weight, bias, g)
 
         variant = (None, False, "norm", residual)
-
-        def own() -> Tensor:
-            return _fastest("conv_fprop", x, weight, g, False, variant, run, library)
-
-        if cutlass.cutlass_declines(x, weight, g) is not None:
-            return own()
-        arguments = (x, weight, bias, g, affine, residual, relu, add_after_act)
-        if self.fusing_declines("conv_fprop", x, weight, g) is None:
-            return cutlass.fastest_affine(*arguments, own)
-        return cutlass.fastest_affine(*arguments, lambda: cutlass.in_passes(self, *arguments))
+        y: Tensor = _fastest("conv_fprop", x, weight, g, False, variant, run, library)
+        return y
 
     def epilogue_declines(
         self, x: Tensor, weight: Tensor, g: ConvGeometry, residual: Tensor | None
     ) -> str | None:
-        reason = self.fusing_declines("conv_fprop", x, weight, g)
-        return reason and cutlass.cutlass_declines(x, weight, g) and reason
+        return self.fusing_declines("conv_fprop", x, weight, g)
+
+    def affine_kernel(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        g: ConvGeometry,
+        norm: NormVectors,
+        residual: Tensor | None,
+        relu: bool,
+        add_after_act: bool,
+    ) -> Kernel | str:
+        arguments = (x, weight, bias, g, norm, residual, relu, add_after_act)
+        own = super().affine_kernel(*arguments)
+        if cutlass.cutlass_declines(x, weight, g) is not None:
+            return own
+        return cutlass.affine_kernel(self, *arguments, own)
 
     # ---- normalisation
 
@@ -520,14 +539,6 @@ class TritonBackend(Backend):
         )
 
 
-def convolution_key(function: str, t: Tensor, weight: Tensor, g: ConvGeometry) -> str:
-    """A convolution's size, as measurements are kept by; t is x, or dz for a gradient."""
-    shape = "x".join(map(str, t.shape))
-    filters = "x".join(map(str, weight.shape))
-    numbers = ",".join(str(v) for pair in g[:3] for v in pair)
-    return f"{function} {str(t.dtype).removeprefix('torch.')} {shape} {filters} {numbers}"
-
-
 def _fastest(
     function: str,
     t: Tensor,
@@ -542,7 +553,7 @@ def _fastest(
 
     ``normed``: an operand is made on the way in; ``variant``: what is fused.
     """
-    key = convolution_key(function, t, weight, g)
+    key = tuning.convolution_key(function, t, weight, g)
     k, c = weight.shape[:2]
     channels = {"conv_fprop": c, "conv_dgrad": k, "conv_wgrad": min(c, k)}[function]
     sizes = _product(function, t, weight, g)
@@ -574,8 +585,7 @@ def _precision(t: Tensor) -> str:
     """How float32 matrices multiply: as cuDNN's flag says; exact is three passes of TF32."""
     if t.dtype != torch.float32:
         return "ieee"
-    flags: Any = torch.backends.cudnn
-    return "tf32" if flags.conv.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if takes_tf32(t) else "tf32x3"
 
 
 def _laid_out_as(dw: Tensor, weight: Tensor) -> Tensor:

@@ -23,9 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+from resfast.backends.interface import ConvGeometry, takes_tf32
 
 MODES = ("first", "never")
-FORMAT = 1
+FORMAT = 2
 REPETITIONS = 10
 # a candidate this much slower than the best is not measured further
 HOPELESS = 1.5
@@ -113,7 +116,9 @@ def tiles_of(device: str) -> Tiles:
         version = triton.__version__
     except ImportError:  # CUTLASS's are measured without it
         version = ""
-    return Tiles(device, {"torch": torch.__version__, "triton": version})
+    # whose kernels race, and what was found of cuDNN's statistics before they did
+    cudnn = str(torch.backends.cudnn.version())
+    return Tiles(device, {"torch": torch.__version__, "triton": version, "cudnn": cudnn})
 
 
 @functools.cache
@@ -143,6 +148,14 @@ def retuning() -> Iterator[None]:
 def is_retuning() -> bool:
     """Whether what is remembered may be measured anew."""
     return _retuning
+
+
+def convolution_key(function: str, t: Tensor, weight: Tensor, g: ConvGeometry) -> str:
+    """A convolution's size, as measurements are kept by; t is x, or dz for a gradient."""
+    dtype = "tf32" if takes_tf32(t) else str(t.dtype).removeprefix("torch.")
+    shapes = " ".join("x".join(map(str, each.shape)) for each in (t, weight))
+    numbers = ",".join(str(v) for pair in g[:3] for v in pair)
+    return f"{function} {dtype} {shapes} {numbers}"
 
 
 _measured: set[str] = set()
@@ -218,6 +231,11 @@ def choose_name(key: str, runs: dict[str, Callable[[], Any]], device: torch.devi
     return names[best.number]
 
 
+def chosen_name(key: str, choice: Sequence[int]) -> str:
+    """What a remembered choice of ``choose_name`` means."""
+    return key.rsplit(" ", 1)[1].split("/")[choice[0]]
+
+
 def fastest(
     key: str,
     candidates: Sequence[Any],
@@ -232,7 +250,7 @@ def fastest(
     times: dict[Any, float] = {}
     errors = []
     for i, tile in enumerate(candidates):
-        _progress(f"resfast: measuring {key}: tile {i + 1} of {len(candidates)}")
+        _progress(f"resfast: measuring {key}: candidate {i + 1} of {len(candidates)}")
 
         def candidate(tile: Any = tile) -> Any:
             return run(tile)

@@ -6,7 +6,7 @@ import torch
 
 import resfast
 from resfast.backends import tuning
-from resfast.backends.norm_race import PASSES
+from resfast.backends.norm_race import winners
 from resfast.benchmark.work import Work
 from resfast.training.config import OptionError
 
@@ -31,12 +31,12 @@ def tune(work: Work, steps: list[str]) -> int:
                 torch.cuda.synchronize()
     known = tiles.known.items()
     engines = {k: v[0] for k, v in known if k.endswith(" own")}
-    norms = [v[0] for k, v in known if k.startswith(tuple(PASSES.values()))]
+    norms = winners(tiles.known)
     print(f"{sum(len(v) > 1 for _, v in known)} tiles of {tiles.device} in {tiles.path}")
     print(
         f"convolutions of resfast's own expected to be faster: {sum(engines.values())} of ", end=""
     )
     print(f"{len(engines)} passes")
-    # by their names' order, see tuning.choose_name
-    print(f"norms faster in CUDA C++ than in Triton: {norms.count(0)} of {len(norms)} passes")
+    won = ", ".join(f"{name} {norms[name]}" for name in sorted(norms))
+    print(f"norms, races won by backend: {won or 'none'} of {norms.total()}")
     return 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from resfast.backends.interface import ConvGeometry, NormVectors, empty_nhwc
-from resfast.backends.select import select
+from resfast.backends.interface import ConvGeometry, Kernel, NormVectors, empty_nhwc
+from resfast.backends.select import find, report, select
 from resfast.ops import convolution as C
 from resfast.ops import gradients, reference
 from resfast.ops import norm as N
@@ -290,23 +291,23 @@ def _inference_kernel(
     g = geometry_of(stride, padding, dilation, groups)
     check_activation(x)
     norm = NormVectors(gamma, beta, running_mean, running_var, eps)
-    backend = select("conv_fprop", x)
-    y = backend.conv_fprop_affine_again(
-        x, weight, conv_bias, g, norm, residual, relu, add_after_act
-    )
+    backend, declined = find("conv_fprop", x)
+    arguments = (x, weight, conv_bias, g, norm, residual, relu, add_after_act)
+    y = backend.conv_fprop_affine_again(*arguments)
     if y is not None:
+        report("conv_fprop", backend, x, declined, ("epilogue",))
         return y
     # shape, dtype and device of z, and stock convolution's errors, without computing it
     z = output_like(x, weight, conv_bias, g)
     check_norm(z, gamma, beta, running_mean, running_var, False, eps)
     check_residual(residual, z)
-    reason = backend.epilogue_declines(x, weight, g, residual)
-    if reason is None:
-        return backend.conv_fprop_affine(
-            x, weight, conv_bias, g, norm, residual, relu, add_after_act
-        )
+    kernel = backend.affine_kernel(*arguments)
+    if isinstance(kernel, Kernel):
+        report("conv_fprop", kernel.name, x, declined, ("epilogue",))
+        return cast(Tensor, kernel.run())
+    report("conv_fprop", backend, x, declined)
     z = backend.conv_fprop(x, weight, conv_bias, g)
-    second = select("norm_apply", z, {f"{backend.name} convolution epilogue": reason})
+    second = select("norm_apply", z, {f"{backend.name} convolution epilogue": kernel})
     return second.norm_apply(z, norm.affine(z.dtype), residual, None, relu, add_after_act, out=z)
 
 

@@ -63,12 +63,16 @@ def fuses(function: str, x: Tensor, weight: Tensor, g: ConvGeometry) -> Fuses:
 def _used(
     function: str, x: Tensor, weight: Tensor, g: ConvGeometry, wanted: dict[str, bool]
 ) -> Fuses:
-    """``fuses``, narrowed to what is wanted, and reported."""
+    """``fuses``, narrowed to what is wanted."""
     can = fuses(function, x, weight, g)
     off = {name: False for name in FUSIONS if not wanted.get(name)}
-    use = can._replace(**off)  # type: ignore[arg-type]  # mypy takes ** for every field
-    report(function, can.backend, x, can.declined, tuple(n for n in FUSIONS if getattr(use, n)))
-    return use
+    return can._replace(**off)  # type: ignore[arg-type]  # mypy takes ** for every field
+
+
+def _report(function: str, x: Tensor, use: Fuses, name: str | None = None) -> None:
+    """``name``: whose kernel it is, where not the backend's."""
+    fused = tuple(n for n in FUSIONS if getattr(use, n))
+    report(function, name or use.backend, x, use.declined, fused)
 
 
 def stored(a: Activation) -> Tensor:
@@ -94,9 +98,12 @@ def fprop(
     use = _used("conv_fprop", a.z, weight, g, wanted)
     x = a.z if use.prologue else stored(a)
     if not use.own:
+        _report("conv_fprop", a.z, use)
         return use.backend.conv_fprop(x, weight, bias, g), None
     prologue = a.norm.affine if a.norm is not None and use.prologue else None
-    z, moments = use.backend.conv_fprop_fused(x, weight, bias, g, prologue, use.epilogue, exact)
+    kernel = use.backend.fprop_kernel(x, weight, bias, g, prologue, use.epilogue, exact)
+    _report("conv_fprop", a.z, use, kernel.name)
+    z, moments = kernel.run()
     if moments is None:
         return z, None
     mean, m2 = moments
@@ -108,6 +115,7 @@ def wgrad(dz: Tensor | NormGradient, a: Activation, weight: Tensor, g: ConvGeome
     lazy = isinstance(dz, NormGradient)
     wanted = {"prologue": a.norm is not None and a.a is None, "norm_backward": lazy}
     use = _used("conv_wgrad", _gradient(dz), weight, g, wanted)
+    _report("conv_wgrad", _gradient(dz), use)
     x = a.z if use.prologue else stored(a)
     if use.own:
         prologue = a.norm.affine if a.norm is not None and use.prologue else None
@@ -142,6 +150,7 @@ def dgrad(
     """
     wanted = {"epilogue": True, "norm_backward": isinstance(dz, NormGradient)}
     use = _used("conv_dgrad", _gradient(dz), weight, g, wanted)
+    _report("conv_dgrad", _gradient(dz), use)
     n, c, h, w = like.shape
     if use.epilogue:
         dx, sums = use.backend.conv_dgrad_fused(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from resfast.backends import norm_race
 from resfast.backends.interface import Affine, acc_dtype, empty_nhwc
 from resfast.backends.select import find, report, select
 from resfast.ops import collectives
@@ -150,7 +151,8 @@ def forward_once(
     add_after_act: bool = False,
 ) -> tuple[Tensor, Statistics] | None:
     """``forward`` by the batch's statistics in one read of z, or None where that does not fit."""
-    backend, declined = find("norm_apply", z)
+    form = norm_race.forward_form(residual, mask, relu, add_after_act)
+    backend, declined = find("norm_apply", z, saved=form)
     if not backend.reads_once(z):
         return None
     report("norm_apply", backend, z, declined, ("norm_stats",))
@@ -230,7 +232,8 @@ def backward_once(
     mask: Tensor | None = None,
 ) -> NormGradients | None:
     """``backward`` in training of dy + dy2 in one read of z, or None where that does not fit."""
-    backend, declined = find("norm_backward_apply", z)
+    form = norm_race.backward_form(y, mask, relu, du)
+    backend, declined = find("norm_backward_apply", z, saved=form)
     if not backend.reads_once(z):
         return None
     report("norm_backward_apply", backend, z, declined, ("norm_backward_reduce",))
