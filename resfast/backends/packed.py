@@ -158,7 +158,7 @@ def packed_convolution(
     key = _Key(weight._version, weight.data_ptr(), g, norm.eps, given, shape, own, isa)
     entry = _cache.get(weight)
     if entry is None or entry.key != key or not _unchanged(entry, weight, bias, norm):
-        run = prepare_convolution(x, weight, bias, g, norm)
+        run = prepare_convolution(x, weight, bias, g, norm, own)
         sample = _sample(weight, bias, norm)
         if sample is None:
             return run
@@ -168,7 +168,7 @@ def packed_convolution(
     return entry.run
 
 
-_TILES = {"winograd2": 2, "winograd4": 4}
+TILES = {"winograd2": 2, "winograd4": 4}
 
 
 def own_kernel(x: Tensor, weight: Tensor, g: ConvGeometry) -> str | None:
@@ -189,18 +189,25 @@ def _output_size(x: Tensor, weight: Tensor, g: ConvGeometry) -> list[int]:
 
 
 def prepare_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, norm: NormVectors
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    g: ConvGeometry,
+    norm: NormVectors,
+    own: str | None,
 ) -> PackedConvolution:
-    """``packed_convolution`` without memory; of ``x`` only the shape matters."""
+    """``packed_convolution`` without memory, by a kernel that runs it, named as in ``own_kernel``.
+
+    Of ``x`` only the shape matters.
+    """
     scale, shift = norm.scale_and_shift(bias, x.dtype)
-    own = own_kernel(x, weight, g)
     if own is None:
         return _onednn(x, weight, g, scale, shift)
     if own == "bf16":
         return _bf16(weight, g, scale, shift)
     if own == "pointwise":
         return _pointwise(weight, g, scale, shift)
-    return _winograd(weight, _TILES[own], scale, shift)
+    return _winograd(weight, TILES[own], scale, shift)
 
 
 def writing_convolution(
