@@ -71,7 +71,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     With autograd on, backward runs too. Parameters, gradients, buffers and random state are as
     before afterwards.
 
-    Of what ``optimize_for_inference`` made, the convolutions that a plan has prepared on CUDA.
+    Of what ``optimize_for_inference`` made, the convolutions that a plan has prepared.
 
     Args:
         model: any module; the layers of resfast in it are reported.

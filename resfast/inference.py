@@ -1,8 +1,9 @@
 """optimize_for_inference(model): the same outputs with no module, check or lookup between layers.
 
 The first call with an input of a new size traces the model to a flat graph, prepares every
-convolution for its size (weights folded and packed, or transformed for Winograd), plans the memory
-of the activations and compiles the graph to one Python function. Later calls run that function.
+convolution for its size (by the fastest kernel, its weights folded and packed, or transformed for
+Winograd), plans the memory of the activations and compiles the graph to one Python function. Later
+calls run that function.
 """
 
 from __future__ import annotations
@@ -21,19 +22,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from resfast.backends.cpu_engines import CpuEngines, Layer, Prepared, samples
 from resfast.backends.engines import plan_convolution
 from resfast.backends.interface import ConvGeometry, NormVectors, nhwc
-from resfast.backends.packed import (
-    PackedConvolution,
-    own_kernel,
-    packing_declines,
-    prepare_convolution,
-)
+from resfast.backends.packed import PackedConvolution, packing_declines
 from resfast.backends.packed_pool import (
     Window,
     images_at_a_time,
     native_window,
-    prepare_pooled_convolution,
+    pooled_convolution,
 )
 from resfast.backends.pointwise import prepare_linear
 from resfast.backends.select import find
@@ -42,7 +39,7 @@ from resfast.inference_memory import PREPARED, Memory, plan_memory
 MAX_PLANS = 8
 Plan = Callable[[Tensor], Any]
 _Run = TypeVar("_Run", bound=Callable[..., Tensor])
-_Convolution = tuple[Tensor, Tensor, Tensor | None, ConvGeometry, NormVectors]
+_CONVOLUTION = torch.ops.resfast.conv_bn_act_inference.default
 
 
 class OptimizedModel(nn.Module):
@@ -234,7 +231,8 @@ class _Planned:
 
 def _plan(model: nn.Module, x: Tensor) -> Plan:
     try:
-        graph = make_fx(model)(x)
+        with samples(x) as arrived:
+            graph = make_fx(model)(x)
     except Exception as error:
         model(x)  # a wrong input fails here, with the model's own error
         reason = str(error).splitlines()[0] if str(error) else ""
@@ -244,10 +242,13 @@ def _plan(model: nn.Module, x: Tensor) -> Plan:
             stacklevel=8,
         )
         return model
+    convolutions = [node for node in graph.graph.nodes if node.target is _CONVOLUTION]
+    sample = dict(zip(convolutions, arrived or [None] * len(convolutions), strict=True))
     graph.graph.eliminate_dead_code()
+    engines = CpuEngines(_traffic(model, graph), measuring=arrived is not None)
     for node in list(graph.graph.nodes):
-        if node.target is torch.ops.resfast.conv_bn_act_inference.default:
-            _prepare(graph, node)
+        if node.target is _CONVOLUTION:
+            _prepare(graph, node, engines, sample[node])
         elif node.target is torch.ops.aten.addmm.default:
             _prepare_linear(graph, node)
         elif node.target is torch.ops.aten.detach.default:
@@ -257,6 +258,13 @@ def _plan(model: nn.Module, x: Tensor) -> Plan:
     memory = _use_planned_memory(graph)
     graph.recompile()
     return _Planned(graph, memory)
+
+
+def _traffic(model: nn.Module, graph: fx.GraphModule) -> int:
+    """Bytes that a call reads or writes at least once: parameters, and results of the graph's."""
+    results = (node.meta.get("val") for node in graph.graph.nodes if node.op != "get_attr")
+    tensors = [*model.parameters(), *(t for t in results if isinstance(t, Tensor))]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _use_planned_memory(graph: fx.GraphModule) -> Memory:
@@ -303,7 +311,9 @@ def _channels_last(graph: fx.GraphModule, node: fx.Node, activation: Any) -> Any
     return call
 
 
-def _prepare(graph: fx.GraphModule, node: fx.Node) -> None:
+def _prepare(
+    graph: fx.GraphModule, node: fx.Node, engines: CpuEngines, sample: Tensor | None
+) -> None:
     """Replace the op by its convolution, prepared; the trace has checked the arguments.
 
     One whose parameters the graph computes stays an op.
@@ -330,12 +340,15 @@ def _prepare(graph: fx.GraphModule, node: fx.Node) -> None:
     for i in (0, 7):
         node.update_arg(i, _channels_last(graph, node, node.args[i]))
     if (pool := _pool_behind(node)) is not None and relu and residual is None:
-        _prepare_pooled(graph, node, *pool, (x, weight, bias, geometry, norm))
+        count = images_at_a_time(node.meta["val"])
+        piece = Layer(x[:count], weight, bias, geometry, norm, None, True, False, sample)
+        _prepare_pooled(graph, node, *pool, engines.prepare(piece), count)
         return
-    run = prepare_convolution(x, weight, bias, geometry, norm)
     # the residual's memory, where nothing reads it afterwards
     out = node.args[7] if _is_last_use(node, node.args[7]) else None
-    _replace(graph, node, run, relu, out, own_kernel(x, weight, geometry) is not None)
+    layer = Layer(x, weight, bias, geometry, norm, residual, relu, out is not None, sample)
+    prepared = engines.prepare(layer)
+    _replace(graph, node, prepared.reporting(prepared.run), relu, out, prepared.own)
 
 
 def _prepare_linear(graph: fx.GraphModule, node: fx.Node) -> None:
@@ -390,12 +403,17 @@ def _pool_behind(node: fx.Node) -> tuple[fx.Node, Window] | None:
 
 
 def _prepare_pooled(
-    graph: fx.GraphModule, node: fx.Node, pool: fx.Node, window: Window, convolution: _Convolution
+    graph: fx.GraphModule,
+    node: fx.Node,
+    pool: fx.Node,
+    window: Window,
+    prepared: Prepared,
+    count: int,
 ) -> None:
-    """``_prepare`` of a convolution and the max-pool behind it together."""
-    pooled = pool.meta["val"][0]
-    run = prepare_pooled_convolution(
-        *convolution, conv_shape=node.meta["val"].shape, pooled_shape=pooled.shape, window=window
+    """``_prepare`` of a convolution and the max-pool behind it, ``count`` images at a time."""
+    pooled, channels = pool.meta["val"][0], node.meta["val"].shape[1]
+    run = prepared.reporting(
+        pooled_convolution(prepared.run, channels, count, pooled.shape, window)
     )
     with graph.graph.inserting_before(pool):
         arguments = (node.args[0], None, True, None)

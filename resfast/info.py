@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from resfast.diagnostics.environment import cpu_name, versions
+from resfast.backends.processor import cpu_name
+from resfast.diagnostics.environment import versions
 from resfast.training.report import table
 
 

@@ -18,21 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resfast.ops as fused_ops
+from resfast.backends.accuracy import CHANNEL_FACTOR, FLOOR_ULPS, POOL_VALUES, SINGLE_FACTOR
 from resfast.ops import BlockParams, ConvParams, NormParams, reference
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
-# factor on stock's error, by dtype class; and the floor below which an fp32 error is rounding
+# factor on stock's error in 16 bits; the other constants are accuracy.py's
 HALF_FACTOR = 1.1
-SINGLE_FACTOR = 1.5
-FLOOR_ULPS = 8
-# the largest of thousands of rounding errors varies from run to run far more than their RMS
-CHANNEL_FACTOR = 2.0
-# An RMSE over n independent errors is itself uncertain by 1/√(2n): 1.6 % at 2048, well inside the
-# factors. A weight gradient's errors share those of its activations, so its n is smaller than it
+# A weight gradient's errors share those of its activations, so that a pool's n is smaller than it
 # looks: never fewer than 8 inputs.
-POOL_VALUES = 2048
 POOL_INPUTS = 8
 
 

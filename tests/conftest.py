@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 if not torch.cuda.is_available():
     # before anything imports Triton: its kernels then run on CPU tensors, in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # kernels by shape alone, whatever was measured on this machine
+    os.environ.setdefault("RESFAST_TUNE", "never")
+    os.environ.setdefault("RESFAST_CACHE_DIR", f"{tempfile.gettempdir()}/resfast-{os.getpid()}")
 
 from resfast import native
 

@@ -334,6 +334,7 @@ def test_bad_gradients_raise():
         ((1, 64, 56, 56), (64, 32, 3, 3), PLAIN._replace(groups=2), None),
         ((1, 64, 56, 56), (64, 64, 1, 1), PLAIN, None),
         ((1, 24, 56, 56), (64, 24, 3, 3), PLAIN, None),
+        ((1, 64, 56, 56), (24, 64, 3, 3), PLAIN, None),
         ((0, 64, 56, 56), (64, 64, 3, 3), PLAIN, None),
     ],
     ids=str,

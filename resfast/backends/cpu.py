@@ -1,4 +1,4 @@
-"""C++ norm kernels, Winograd and oneDNN convolutions with fused epilogues, on CPU."""
+"""C++ norm and convolution kernels on CPU, and oneDNN's convolutions, with fused epilogues."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from resfast import native
+from resfast.backends.direct import direct_fprop, is_direct
 from resfast.backends.im2col import im2col_dgrad, im2col_wgrad, is_gathered
 from resfast.backends.interface import (
     Affine,
@@ -62,6 +63,8 @@ class CpuBackend(Backend):
             return super().conv_fprop(x, weight, bias, g)
         if is_pointwise(x, weight, g):
             return pointwise_fprop(x, weight, g)
+        if is_direct(x, weight, g):
+            return direct_fprop(x, weight, g)
         tile = winograd_tile(x, weight, g, training=True)
         if tile is None:
             return super().conv_fprop(x, weight, bias, g)

@@ -1,4 +1,4 @@
-"""Direct convolution on CPU, of strided windows and of few input channels, and its packed weights.
+"""Direct convolution on CPU, of windows larger than a pixel at a stride, and its packed weights.
 
 Windows are multiplied as they lie in an NHWC activation: nothing is copied but the weights, into
 panels of as many columns as the registers hold, and the windows over an image's sides.
@@ -23,7 +23,7 @@ def is_direct(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
     return (
         x.dtype == torch.float32
         and weight.dtype == torch.float32
-        and (g.stride != (1, 1) or weight.shape[1] < _LANES)
+        and g.stride != (1, 1)
         and tuple(weight.shape[2:]) != (1, 1)
         and g.dilation == (1, 1)
         and g.groups == 1

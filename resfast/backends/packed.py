@@ -1,10 +1,10 @@
 """Convolution with norm, residual and ReLU in its epilogue, on weights prepared once.
 
-float32 3×3 convolutions of stride 1 run by Winograd's algorithm and 1×1 convolutions as products,
-bfloat16 convolutions as products of pairs, all in kernels of our own; the others by oneDNN, whose
-post-ops reach PyTorch through ``mkldnn::_convolution_pointwise``. Those take no per-channel scale,
-so scale is folded into the weights, in fp32. Transforming or packing costs a pass over the weights
-each, hence the cache.
+float32 3×3 convolutions of stride 1 run by Winograd's algorithm, 1×1 convolutions as products and
+strided ones directly, bfloat16 convolutions as products of pairs, all in kernels of our own; the
+others by oneDNN, whose post-ops reach PyTorch through ``mkldnn::_convolution_pointwise``. Those
+take no per-channel scale, so scale is folded into the weights, in fp32. Transforming or packing
+costs a pass over the weights each, hence the cache.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from resfast import native
 from resfast.backends.bf16 import bf16_declines, bf16_weight
+from resfast.backends.direct import direct_output, direct_weight, is_direct
 from resfast.backends.interface import ConvGeometry, NormVectors, empty_nhwc
 from resfast.backends.pointwise import is_pointwise, pointwise_output, pointwise_weight
 from resfast.backends.winograd import winograd_tile, winograd_weight
@@ -158,7 +159,7 @@ def packed_convolution(
     key = _Key(weight._version, weight.data_ptr(), g, norm.eps, given, shape, own, isa)
     entry = _cache.get(weight)
     if entry is None or entry.key != key or not _unchanged(entry, weight, bias, norm):
-        run = prepare_convolution(x, weight, bias, g, norm)
+        run = prepare_convolution(x, weight, bias, g, norm, own)
         sample = _sample(weight, bias, norm)
         if sample is None:
             return run
@@ -168,15 +169,17 @@ def packed_convolution(
     return entry.run
 
 
-_TILES = {"winograd2": 2, "winograd4": 4}
+TILES = {"winograd2": 2, "winograd4": 4}
 
 
 def own_kernel(x: Tensor, weight: Tensor, g: ConvGeometry) -> str | None:
-    """Which kernel of our own runs this convolution: bf16, pointwise, winograd2 or 4, or none."""
+    """Which kernel of our own runs this convolution: bf16, pointwise, direct, winograd2 or 4."""
     if x.dtype == torch.bfloat16:
         return "bf16"
     if is_pointwise(x, weight, g):
         return "pointwise"
+    if is_direct(x, weight, g):
+        return "direct"
     tile = winograd_tile(x, weight, g)
     return None if tile is None else f"winograd{tile}"
 
@@ -189,18 +192,27 @@ def _output_size(x: Tensor, weight: Tensor, g: ConvGeometry) -> list[int]:
 
 
 def prepare_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, norm: NormVectors
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    g: ConvGeometry,
+    norm: NormVectors,
+    own: str | None,
 ) -> PackedConvolution:
-    """``packed_convolution`` without memory; of ``x`` only the shape matters."""
+    """``packed_convolution`` without memory, by a kernel that runs it, named as in ``own_kernel``.
+
+    Of ``x`` only the shape matters.
+    """
     scale, shift = norm.scale_and_shift(bias, x.dtype)
-    own = own_kernel(x, weight, g)
     if own is None:
         return _onednn(x, weight, g, scale, shift)
     if own == "bf16":
         return _bf16(weight, g, scale, shift)
     if own == "pointwise":
         return _pointwise(weight, g, scale, shift)
-    return _winograd(weight, _TILES[own], scale, shift)
+    if own == "direct":
+        return _direct(weight, g, scale, shift)
+    return _winograd(weight, TILES[own], scale, shift)
 
 
 def writing_convolution(
@@ -233,6 +245,17 @@ def _pointwise(weight: Tensor, g: ConvGeometry, scale: Tensor, shift: Tensor) ->
         torch.ops.resfast.pointwise_conv(x, packed, shift, residual, relu, *g.stride, out)
 
     return writing_convolution(write, lambda x: pointwise_output(x, channels, g))
+
+
+def _direct(weight: Tensor, g: ConvGeometry, scale: Tensor, shift: Tensor) -> PackedConvolution:
+    packed, kernel = direct_weight(weight, scale), weight.shape[2:]
+
+    def write(x: Tensor, residual: Tensor | None, relu: bool, out: Tensor) -> None:
+        torch.ops.resfast.direct_conv(
+            x, packed, *kernel, *g.stride, *g.padding, shift, residual, relu, out
+        )
+
+    return writing_convolution(write, lambda x: direct_output(x, weight, g))
 
 
 def _bf16(weight: Tensor, g: ConvGeometry, scale: Tensor, shift: Tensor) -> PackedConvolution:

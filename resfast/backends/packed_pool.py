@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resfast.backends.interface import ConvGeometry, NormVectors, empty_nhwc
-from resfast.backends.packed import PackedConvolution, prepare_convolution, writing_convolution
+from resfast.backends.interface import empty_nhwc
+from resfast.backends.packed import PackedConvolution, writing_convolution
 
 _PIECE_BYTES = 8 * 2**20  # of the convolution's output
 _LARGEST_WINDOW = 15  # as in csrc/cpu/norm_pool_kernels.h
@@ -48,20 +48,14 @@ def images_at_a_time(y: Tensor) -> int:
     return max(1, _PIECE_BYTES // (prod(y.shape[1:]) * y.element_size()))
 
 
-def prepare_pooled_convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    g: ConvGeometry,
-    norm: NormVectors,
-    conv_shape: Sequence[int],
+def pooled_convolution(
+    convolution: PackedConvolution,
+    channels: int,
+    count: int,
     pooled_shape: Sequence[int],
     window: Window,
 ) -> PackedConvolution:
-    """maxpool(relu(bn(conv(x)))); of ``x`` only the shape matters."""
-    count = images_at_a_time(x.new_empty(1).expand(tuple(conv_shape)))
-    convolution = prepare_convolution(x[:count], weight, bias, g, norm)
-    channels = weight.shape[0]
+    """maxpool(relu(convolution(x))), ``count`` images at a time."""
     # what the native op normalises with before it pools: the convolution has done that
     zero, one = torch.zeros(channels), torch.ones(channels)
     shape = tuple(pooled_shape)

@@ -1,6 +1,7 @@
 """Tiles measured on this device and remembered: in a file a device, and shipped with the package.
 
-So are choices among kernels: whose norms (norm_race.py), whose convolutions (engines.py).
+So are choices among kernels: whose norms (norm_race.py), whose convolutions (engines.py, and on
+CPU cpu_engines.py).
 
 ``RESFAST_TUNE``: "first" measures at the first use of a size (default), "never" takes what is
 remembered, or else the cost model's tile and the first in order. ``RESFAST_CACHE_DIR``: where the
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from resfast.backends.interface import ConvGeometry, takes_tf32
+from resfast.backends.processor import cpu_name
 
 MODES = ("first", "never")
 FORMAT = 2
@@ -122,6 +124,14 @@ def tiles_of(device: str) -> Tiles:
 
 
 @functools.cache
+def cpu_tiles() -> Tiles:
+    """The process's choices for this processor; other versions of resfast have other kernels."""
+    import resfast
+
+    return Tiles(cpu_name(), {"torch": torch.__version__, "resfast": resfast.__version__})
+
+
+@functools.cache
 def _name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
@@ -198,18 +208,38 @@ def choose(
     """
     if not measures(device):
         return candidates[0]
-    name = _name(device.index)
-    tiles = tiles_of(name)
+    return _recall(
+        key,
+        candidates,
+        lambda: fastest(key, candidates, run, time_on_cuda),
+        tiles_of(_name(device.index)),
+        lambda: not torch.cuda.is_current_stream_capturing(),
+    )
+
+
+def _recall(
+    key: str,
+    candidates: Sequence[Any],
+    measure: Callable[[], Any],
+    tiles: Tiles,
+    may_measure: Callable[[], bool],
+) -> Any:
+    """What ``tiles`` has for ``key``, else what ``measure`` finds, else the first candidate.
+
+    What it finds is remembered, unless it is None.
+    """
     kind = type(candidates[0])
     anew = _retuning and key not in _measured
     if key in tiles.known and not anew:
         return kind(*tiles.known[key])
-    if (mode() == "never" and not anew) or torch.cuda.is_current_stream_capturing():
+    if (mode() == "never" and not anew) or not may_measure():
         return candidates[0]
     with _lock:
         if key in tiles.known and not anew:
             return kind(*tiles.known[key])
-        best = fastest(key, candidates, run, time_on_cuda)
+        best = measure()
+        if best is None:
+            return candidates[0]
         tiles.remember(key, best)
         _measured.add(key)
     return best
@@ -234,6 +264,26 @@ def choose_name(key: str, runs: dict[str, Callable[[], Any]], device: torch.devi
 def chosen_name(key: str, choice: Sequence[int]) -> str:
     """What a remembered choice of ``choose_name`` means."""
     return key.rsplit(" ", 1)[1].split("/")[choice[0]]
+
+
+def choose_on_cpu(key: str, names: Sequence[str], measure: Callable[[], str | None]) -> str:
+    """The name for ``key``: remembered, else what ``measure`` finds, else the first.
+
+    One measurement at a time. ``measure`` finds None where the machine is too busy.
+    """
+    ordered = sorted(names)
+    candidates = [_Position(ordered.index(name)) for name in names]
+
+    def position() -> _Position | None:
+        name = measure()
+        return None if name is None else _Position(ordered.index(name))
+
+    with _lock:  # threads that call it first together would read the file each
+        tiles = cpu_tiles()
+    best: _Position = _recall(
+        f"{key} {'/'.join(ordered)}", candidates, position, tiles, lambda: True
+    )
+    return ordered[best.number]
 
 
 def fastest(

@@ -23,19 +23,24 @@ _POINT_PADDING = 16
 _LEAST_SAVING = 1.25  # in multiplications: what pays for the transforms
 
 
+def is_winograd(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
+    """Whether the functions of this file run this convolution, in tiles of either size."""
+    k, c = weight.shape[:2]
+    return (
+        x.dtype == torch.float32
+        and weight.dtype == torch.float32
+        and tuple(weight.shape[2:]) == (3, 3)
+        and g == ConvGeometry((1, 1), (1, 1), (1, 1), 1)
+        and c % 16 == 0
+        and k % 16 == 0
+        and x.numel() > 0
+        and native.is_available()
+    )
+
+
 def winograd_tile(x: Tensor, weight: Tensor, g: ConvGeometry, training: bool = False) -> int | None:
     """The m of F(m×m, 3×3) for this convolution, or None where it is better run directly."""
-    k, c = weight.shape[:2]
-    if (
-        x.dtype != torch.float32
-        or weight.dtype != torch.float32
-        or tuple(weight.shape[2:]) != (3, 3)
-        or g != ConvGeometry((1, 1), (1, 1), (1, 1), 1)
-        or c % 16
-        or k % 16
-        or x.numel() == 0
-        or not native.is_available()
-    ):
+    if not is_winograd(x, weight, g):
         return None
     n, _, h, w = x.shape
     best, saved = None, _LEAST_SAVING
