@@ -162,7 +162,8 @@ def is_retuning() -> bool:
 
 def convolution_key(function: str, t: Tensor, weight: Tensor, g: ConvGeometry) -> str:
     """A convolution's size, as measurements are kept by; t is x, or dz for a gradient."""
-    dtype = "tf32" if takes_tf32(t) else str(t.dtype).removeprefix("torch.")
+    tf32 = measures(t.device) and takes_tf32(t)
+    dtype = "tf32" if tf32 else str(t.dtype).removeprefix("torch.")
     shapes = " ".join("x".join(map(str, each.shape)) for each in (t, weight))
     numbers = ",".join(str(v) for pair in g[:3] for v in pair)
     return f"{function} {dtype} {shapes} {numbers}"
