@@ -87,6 +87,18 @@ def test_every_shape(shape, isa):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("k", [24, 80])
+def test_packed_weights(k, layout, isa):
+    """Panels of columns, rows in the order of a window's values, zero beyond the last column."""
+    weight, scale = torch.randn(k, 20, 3, 2).contiguous(memory_format=layout), torch.rand(k)
+    packed = direct_weight(weight, scale)
+    panels, width, columns = packed.shape
+    scaled = (weight * scale.view(-1, 1, 1, 1)).permute(0, 2, 3, 1).reshape(k, width)
+    padded = F.pad(scaled, (0, 0, 0, panels * columns - k))
+    assert torch.equal(packed, padded.view(panels, columns, width).transpose(1, 2))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_weights_in_any_layout(layout):
     x, weight = _problem(2, 24, 9, 9, 48)
     other = weight.contiguous(memory_format=layout)
@@ -96,7 +108,17 @@ def test_weights_in_any_layout(layout):
 @pytest.mark.parametrize("shape", [(2, 16, 40, 40, 32), (1, 64, 5, 5, 256)], ids=str)
 def test_results_do_not_depend_on_the_number_of_threads(shape):
     x, weight = _problem(*shape)
-    assert_same_on_any_threads(lambda: [direct_fprop(x, weight, STRIDED)])
+    residual = nhwc(torch.randn_like(direct_output(x, weight, STRIDED)))
+    shift, packed = torch.randn(shape[-1]), direct_weight(weight, torch.ones(shape[-1]))
+
+    def compute():
+        out = torch.empty_like(residual)
+        ops.direct_conv(x, packed, 3, 3, 2, 2, 1, 1, shift, residual, False, out)
+        return [out, direct_fprop(x, weight, STRIDED)]
+
+    assert_same_on_any_threads(compute)
+    out, z = compute()
+    torch.testing.assert_close(out, z + shift.view(-1, 1, 1) + residual, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("relu", [False, True])

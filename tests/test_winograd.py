@@ -262,6 +262,13 @@ def test_bad_weights_raise(weight, tile, words):
         ops.winograd_weight(weight, tile, packed)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_filters_of_any_number_of_channels(layout, isa):
+    weight = torch.randn(32, 20, 3, 3).contiguous(memory_format=layout)
+    more = F.pad(weight, (0, 0, 0, 0, 0, 12)).contiguous(memory_format=layout)
+    assert torch.equal(winograd_weight(weight, 4), winograd_weight(more, 4)[:, :, :20])
+
+
 @pytest.mark.parametrize(
     "strides", [(1, 16, 1, 1), (32, 32, 2, 2)], ids=["points overlap", "columns apart"]
 )
