@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from resfast import native
-from resfast.backends.interface import ConvGeometry, empty_nhwc, nhwc
+from resfast.backends.interface import ConvGeometry, empty_nhwc, empty_packed, nhwc
 from resfast.backends.scratch import flat_scratch
 
 _LANES = 16  # of the widest instruction set: vectors of channels are full
@@ -35,7 +35,7 @@ def is_direct(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
 
 def direct_weight(weight: Tensor, scale: Tensor) -> Tensor:
     """The weight times scale ``[K]`` in panels, to keep."""
-    packed = weight.new_empty(_packed_shape(weight))
+    packed = empty_packed(_packed_shape(weight), weight)
     torch.ops.resfast.direct_weight(weight.detach(), scale, packed)
     return packed
 

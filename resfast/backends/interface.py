@@ -177,6 +177,11 @@ def empty_nhwc(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
     )
 
 
+def empty_packed(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Uninitialised contiguous tensor for packed weights: a large one in huge pages, as above."""
+    return empty_nhwc((1, math.prod(shape), 1, 1), like).view(shape)
+
+
 class Backend:
     """One implementation of the seven functions; the convolutions default to the library's.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from resfast import native
-from resfast.backends.interface import ConvGeometry, empty_nhwc, nhwc
+from resfast.backends.interface import ConvGeometry, empty_nhwc, empty_packed, nhwc
 
 _LANES = 16  # of the widest instruction set: vectors of channels are full
 
@@ -36,7 +36,8 @@ def is_pointwise(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
 def pointwise_weight(weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """The weight times scale ``[K]`` in panels, to keep."""
     columns = torch.ops.resfast.panel_columns()
-    packed = weight.new_empty(math.ceil(weight.shape[0] / columns), weight.shape[1], columns)
+    shape = (math.ceil(weight.shape[0] / columns), weight.shape[1], columns)
+    packed = empty_packed(shape, weight)
     torch.ops.resfast.pointwise_weight(weight.detach(), scale, packed)
     return packed
 

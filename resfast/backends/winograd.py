@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from resfast import native
-from resfast.backends.interface import ConvGeometry, empty_nhwc, nhwc
+from resfast.backends.interface import ConvGeometry, empty_nhwc, empty_packed, nhwc
 
 # Below this many tiles the transformed filters cost more to read than multiplications save; in
 # training they are also made anew for every step.
@@ -58,7 +58,7 @@ def winograd_weight(weight: Tensor, tile: int) -> Tensor:
     columns = torch.ops.resfast.panel_columns()
     shape = (math.ceil(k / columns), c, columns)
     values, points = math.prod(shape), (tile + 2) ** 2
-    memory = weight.new_empty(points, values + _POINT_PADDING)
+    memory = empty_packed((points, values + _POINT_PADDING), weight)
     filters = memory[:, :values].view(points, *shape)
     torch.ops.resfast.winograd_weight(weight.detach(), tile, filters)
     return filters
