@@ -256,6 +256,20 @@ def test_training_runs_strided_convolutions_directly(monkeypatch):
     torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("shape", [(4, 16, 32, 32), (4, 32, 2, 2)], ids=["channels", "size"])
+def test_a_wrong_input_raises_stocks_own_error_in_training(shape, kernel, stride):
+    """Whichever kernel would run it."""
+    x, weight = torch.randn(shape), torch.randn(32, 32, kernel, kernel + 3 * (shape[2] < 3))
+    with pytest.raises(RuntimeError) as stock:
+        F.conv2d(x, weight, stride=stride)
+    norm = NormParams(torch.ones(32), torch.zeros(32), None, None, None, True)
+    with pytest.raises(RuntimeError) as own:
+        conv_bn_act(x, ConvParams(weight, None, (stride, stride)), norm)
+    assert str(own.value) == str(stock.value)
+
+
 def test_large_outputs_live_in_kept_memory():
     """Fresh memory of this size would cost more than the kernel."""
     x, weight = _problem(1, 3, 512, 512, 64, (7, 7))
