@@ -37,10 +37,10 @@ _native = torch.ops.resfast
 
 
 def _fits(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
+    if weight.dim() != 4 or x.shape[1] != weight.shape[1] * g.groups:
+        return False
     sizes = zip(x.shape[2:], weight.shape[2:], g.padding, g.dilation, strict=True)
-    return x.shape[1] == weight.shape[1] * g.groups and all(
-        n + 2 * p > d * (k - 1) for n, k, p, d in sizes
-    )
+    return all(n + 2 * p > d * (k - 1) for n, k, p, d in sizes)
 
 
 def _run_packed(
