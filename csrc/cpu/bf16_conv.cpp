@@ -88,29 +88,8 @@ void bf16_conv(const Tensor& x, const Tensor& packed, int64_t kernel_h, int64_t 
   check_channel_vector(shift, "shift", out);
   check_bf16(packed, "packed");
   const Bf16Kernels& kernels = bf16_kernels();
-  STD_TORCH_CHECK(kernel_h >= 1 && kernel_w >= 1 && stride_h >= 1 && stride_w >= 1 &&
-                      padding_h >= 0 && padding_w >= 0,
-                  "kernel and stride must be at least 1, padding at least 0");
-  const Windows<uint16_t> in{static_cast<const uint16_t*>(x.const_data_ptr()),
-                             x.size(0),
-                             x.size(1),
-                             x.size(2),
-                             x.size(3),
-                             kernel_h,
-                             kernel_w,
-                             stride_h,
-                             stride_w,
-                             -padding_h,
-                             -padding_w,
-                             out.size(2),
-                             out.size(3)};
-  const int64_t room_h = in.h + 2 * padding_h - kernel_h, room_w = in.w + 2 * padding_w - kernel_w;
-  STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, "the kernel must fit into the padded x ",
-                  shape_of(x));
-  STD_TORCH_CHECK(out.size(0) == in.n && in.rows == room_h / stride_h + 1 &&
-                      in.columns == room_w / stride_w + 1,
-                  "out must be [", in.n, ", K, ", room_h / stride_h + 1, ", ",
-                  room_w / stride_w + 1, "], got ", shape_of(out));
+  const auto in = convolution_windows<uint16_t>(x, kernel_h, kernel_w, stride_h, stride_w,
+                                                padding_h, padding_w, out);
   const int64_t k = out.size(1), width = in.width(), pairs = ceil_div(width, 2);
   const int64_t panels = ceil_div(k, kernels.columns);
   STD_TORCH_CHECK(k % kernels.lanes == 0, "output channels must be a multiple of ", kernels.lanes,

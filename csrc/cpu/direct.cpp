@@ -139,33 +139,12 @@ void direct_conv(const Tensor& x, const Tensor& packed, int64_t kernel_h, int64_
   check_activation_like(residual, "residual", out, "out");
   check_channel_vector(shift, "shift", out);
   check_float(packed, "packed");
-  STD_TORCH_CHECK(kernel_h >= 1 && kernel_w >= 1 && stride_h >= 1 && stride_w >= 1 &&
-                      padding_h >= 0 && padding_w >= 0,
-                  "kernel and stride must be at least 1, padding at least 0");
-  const int64_t room_h = x.size(2) + 2 * padding_h - kernel_h;
-  const int64_t room_w = x.size(3) + 2 * padding_w - kernel_w;
-  STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, "the kernel must fit into the padded x ",
-                  shape_of(x));
-  const int64_t k = out.size(1), rows = room_h / stride_h + 1, columns = room_w / stride_w + 1;
-  STD_TORCH_CHECK(out.size(0) == x.size(0) && out.size(2) == rows && out.size(3) == columns,
-                  "out must be [", x.size(0), ", K, ", rows, ", ", columns, "], got ",
-                  shape_of(out));
+  const auto in = convolution_windows<float>(x, kernel_h, kernel_w, stride_h, stride_w, padding_h,
+                                             padding_w, out);
+  const int64_t k = out.size(1), rows = in.rows, columns = in.columns;
   const DirectKernels& kernels = direct_kernels();
   STD_TORCH_CHECK(k % kernels.lanes == 0, "output channels must be a multiple of ", kernels.lanes,
                   ", got ", k);
-  const Windows<float> in{static_cast<const float*>(x.const_data_ptr()),
-                          x.size(0),
-                          x.size(1),
-                          x.size(2),
-                          x.size(3),
-                          kernel_h,
-                          kernel_w,
-                          stride_h,
-                          stride_w,
-                          -padding_h,
-                          -padding_w,
-                          rows,
-                          columns};
   const int64_t width = in.width(), panels = ceil_div(k, kernels.columns);
   STD_TORCH_CHECK(width > 0 && packed.dim() == 3 && packed.size(0) == panels &&
                       packed.size(1) == width && packed.size(2) == kernels.columns &&

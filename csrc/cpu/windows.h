@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "checks.h"
+
 namespace resfast {
 
 // The first value of a pixel's window: both may lie outside of the image in part.
@@ -106,5 +108,36 @@ struct Windows {
     });
   }
 };
+
+// The windows of a convolution of x, after checks that they make `out`, but for its channels.
+template <class T>
+Windows<T> convolution_windows(const Tensor& x, int64_t kernel_h, int64_t kernel_w,
+                               int64_t stride_h, int64_t stride_w, int64_t padding_h,
+                               int64_t padding_w, const Tensor& out) {
+  STD_TORCH_CHECK(kernel_h >= 1 && kernel_w >= 1 && stride_h >= 1 && stride_w >= 1 &&
+                      padding_h >= 0 && padding_w >= 0,
+                  "kernel and stride must be at least 1, padding at least 0");
+  const int64_t room_h = x.size(2) + 2 * padding_h - kernel_h;
+  const int64_t room_w = x.size(3) + 2 * padding_w - kernel_w;
+  STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, "the kernel must fit into the padded x ",
+                  shape_of(x));
+  const int64_t rows = room_h / stride_h + 1, columns = room_w / stride_w + 1;
+  STD_TORCH_CHECK(out.size(0) == x.size(0) && out.size(2) == rows && out.size(3) == columns,
+                  "out must be [", x.size(0), ", K, ", rows, ", ", columns, "], got ",
+                  shape_of(out));
+  return {static_cast<const T*>(x.const_data_ptr()),
+          x.size(0),
+          x.size(1),
+          x.size(2),
+          x.size(3),
+          kernel_h,
+          kernel_w,
+          stride_h,
+          stride_w,
+          -padding_h,
+          -padding_w,
+          rows,
+          columns};
+}
 
 }  // namespace resfast
