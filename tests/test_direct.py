@@ -16,8 +16,8 @@ from convolutions import (
     calls_of,
 )
 
-from resfast.backends.direct import direct_fprop, direct_output, direct_weight, is_direct
-from resfast.backends.interface import ConvGeometry, empty_nhwc, nhwc
+from resfast.backends.direct import direct_fprop, direct_weight, is_direct
+from resfast.backends.interface import ConvGeometry, conv_output_shape, empty_nhwc, nhwc
 from resfast.ops import ConvParams, NormParams, conv_bn_act
 
 pytestmark = needs.native_library
@@ -43,6 +43,10 @@ def _problem(n, c, h, w, k, kernel=(3, 3), seed=0):
 
 def _exact(x, weight, g):
     return F.conv2d(x.double(), weight.double(), None, *g)
+
+
+def _output(x, weight):
+    return empty_nhwc(conv_output_shape(x, weight, STRIDED), x)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +112,7 @@ def test_weights_in_any_layout(layout):
 @pytest.mark.parametrize("shape", [(2, 16, 40, 40, 32), (1, 64, 5, 5, 256)], ids=str)
 def test_results_do_not_depend_on_the_number_of_threads(shape):
     x, weight = _problem(*shape)
-    residual = nhwc(torch.randn_like(direct_output(x, weight, STRIDED)))
+    residual = nhwc(torch.randn_like(_output(x, weight)))
     shift, packed = torch.randn(shape[-1]), direct_weight(weight, torch.ones(shape[-1]))
 
     def compute():
@@ -131,7 +135,7 @@ def test_epilogue(relu, c, isa):
     z = _exact(x, weight, STRIDED)
     residual = nhwc(torch.randn(z.shape))
     u = z * scale.view(-1, 1, 1) + shift.view(-1, 1, 1) + residual
-    out = direct_output(x, weight, STRIDED)
+    out = _output(x, weight)
     arguments = (x, packed, 3, 3, 2, 2, 1, 1, shift, residual, relu)
     ops.direct_conv(*arguments, out)
     torch.testing.assert_close(out.double(), u.relu() if relu else u, rtol=1e-5, atol=1e-5)
@@ -142,7 +146,7 @@ def test_epilogue(relu, c, isa):
 def test_nan_stays(isa):
     x, weight = _problem(1, 16, 9, 9, 16)
     x[0, 3, 4, 4] = math.nan
-    out = direct_output(x, weight, STRIDED)
+    out = _output(x, weight)
     packed = direct_weight(weight, torch.ones(16))
     ops.direct_conv(x, packed, 3, 3, 2, 2, 1, 1, None, None, True, out)
     assert out[0, :, 2, 2].isnan().all()
@@ -267,6 +271,17 @@ def test_a_wrong_input_raises_stocks_own_error_in_training(shape, kernel, stride
     norm = NormParams(torch.ones(32), torch.zeros(32), None, None, None, True)
     with pytest.raises(RuntimeError) as own:
         conv_bn_act(x, ConvParams(weight, None, (stride, stride)), norm)
+    assert str(own.value) == str(stock.value)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(0, 1), (2, -1)])
+def test_a_wrong_geometry_raises_stocks_own_error_in_training(stride, padding):
+    x, weight = _problem(2, 16, 8, 8, 16)
+    with pytest.raises(RuntimeError) as stock:
+        F.conv2d(x, weight, stride=stride, padding=padding)
+    norm = NormParams(torch.ones(16), torch.zeros(16), None, None, None, True)
+    with pytest.raises(RuntimeError) as own:
+        conv_bn_act(x, ConvParams(weight, None, (stride,) * 2, (padding,) * 2), norm)
     assert str(own.value) == str(stock.value)
 
 

@@ -14,6 +14,7 @@ from resfast.backends.interface import (
     ConvGeometry,
     NormVectors,
     acc_dtype,
+    conv_output_shape,
     empty_nhwc,
     nhwc,
     pack_mask,
@@ -37,10 +38,10 @@ _native = torch.ops.resfast
 
 
 def _fits(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
-    if weight.dim() != 4 or x.shape[1] != weight.shape[1] * g.groups:
+    channels = weight.dim() == 4 and x.shape[1] == weight.shape[1] * g.groups
+    if not channels or min(g.stride) < 1 or min(g.padding) < 0:
         return False
-    sizes = zip(x.shape[2:], weight.shape[2:], g.padding, g.dilation, strict=True)
-    return all(n + 2 * p > d * (k - 1) for n, k, p, d in sizes)
+    return min(conv_output_shape(x, weight, g)[2:]) > 0
 
 
 def _run_packed(

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from resfast import native
-from resfast.backends.interface import ConvGeometry, empty_nhwc, empty_packed, nhwc
+from resfast.backends.interface import (
+    ConvGeometry,
+    conv_output_shape,
+    empty_nhwc,
+    empty_packed,
+    nhwc,
+)
 from resfast.backends.scratch import flat_scratch
 
 _LANES = 16  # of the widest instruction set: vectors of channels are full
@@ -40,20 +46,12 @@ def direct_weight(weight: Tensor, scale: Tensor) -> Tensor:
     return packed
 
 
-def direct_output(x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
-    """Memory for the output."""
-    sizes = zip(x.shape[2:], weight.shape[2:], g.stride, g.padding, strict=True)
-    return empty_nhwc(
-        (x.shape[0], weight.shape[0], *((n + 2 * p - k) // s + 1 for n, k, s, p in sizes)), x
-    )
-
-
 def direct_fprop(x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
     """conv(x, weight) on a weight packed for this call."""
     shape = _packed_shape(weight)
     packed = flat_scratch("direct weight", math.prod(shape), weight.dtype).view(shape)
     torch.ops.resfast.direct_weight(weight.detach(), None, packed)
-    out = direct_output(x, weight, g)
+    out = empty_nhwc(conv_output_shape(x, weight, g), x)
     torch.ops.resfast.direct_conv(
         nhwc(x), packed, *weight.shape[2:], *g.stride, *g.padding, None, None, False, out
     )

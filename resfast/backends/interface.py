@@ -177,6 +177,16 @@ def empty_nhwc(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
     )
 
 
+def conv_output_shape(x: Tensor, weight: Tensor, g: ConvGeometry) -> tuple[int, ...]:
+    """``[N, K, P, Q]``; P or Q is below 1 where the window does not fit."""
+    sizes = zip(x.shape[2:], weight.shape[2:], *g[:3], strict=True)
+    return (
+        x.shape[0],
+        weight.shape[0],
+        *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes),
+    )
+
+
 def empty_packed(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Uninitialised contiguous tensor for packed weights: a large one in huge pages, as above."""
     return empty_nhwc((1, math.prod(shape), 1, 1), like).view(shape)

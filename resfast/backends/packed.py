@@ -19,8 +19,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from resfast import native
 from resfast.backends.bf16 import bf16_declines, bf16_weight
-from resfast.backends.direct import direct_output, direct_weight, is_direct
-from resfast.backends.interface import ConvGeometry, NormVectors, empty_nhwc
+from resfast.backends.direct import direct_weight, is_direct
+from resfast.backends.interface import ConvGeometry, NormVectors, conv_output_shape, empty_nhwc
 from resfast.backends.pointwise import is_pointwise, pointwise_output, pointwise_weight
 from resfast.backends.winograd import winograd_tile, winograd_weight
 
@@ -165,7 +165,7 @@ def packed_convolution(
             return run
         entry = _cache[weight] = _Entry(key, sample, run, x.shape, ())
     entry.input_shape = x.shape
-    entry.output_shape = (x.shape[0], weight.shape[0], *_output_size(x, weight, g))
+    entry.output_shape = conv_output_shape(x, weight, g)
     return entry.run
 
 
@@ -182,13 +182,6 @@ def own_kernel(x: Tensor, weight: Tensor, g: ConvGeometry) -> str | None:
         return "direct"
     tile = winograd_tile(x, weight, g)
     return None if tile is None else f"winograd{tile}"
-
-
-def _output_size(x: Tensor, weight: Tensor, g: ConvGeometry) -> list[int]:
-    return [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], *g[:3], strict=True)
-    ]
 
 
 def prepare_convolution(
@@ -255,7 +248,7 @@ def _direct(weight: Tensor, g: ConvGeometry, scale: Tensor, shift: Tensor) -> Pa
             x, packed, *kernel, *g.stride, *g.padding, shift, residual, relu, out
         )
 
-    return writing_convolution(write, lambda x: direct_output(x, weight, g))
+    return writing_convolution(write, lambda x: empty_nhwc(conv_output_shape(x, weight, g), x))
 
 
 def _bf16(weight: Tensor, g: ConvGeometry, scale: Tensor, shift: Tensor) -> PackedConvolution:
@@ -267,7 +260,7 @@ def _bf16(weight: Tensor, g: ConvGeometry, scale: Tensor, shift: Tensor) -> Pack
         )
 
     def output(x: Tensor) -> Tensor:
-        return empty_nhwc((x.shape[0], weight.shape[0], *_output_size(x, weight, g)), x)
+        return empty_nhwc(conv_output_shape(x, weight, g), x)
 
     return writing_convolution(write, output)
 

@@ -8,7 +8,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from resfast.backends.interface import ConvGeometry, Kernel, NormVectors, empty_nhwc
+from resfast.backends.interface import (
+    ConvGeometry,
+    Kernel,
+    NormVectors,
+    conv_output_shape,
+    empty_nhwc,
+)
 from resfast.backends.select import find, report, select
 from resfast.ops import convolution as C
 from resfast.ops import gradients, reference
@@ -359,18 +365,15 @@ def output_like(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry)
         )
     )
     if legal:
-        spatial = [
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], *g[:3], strict=True)
-        ]
-        legal = min(spatial) > 0
+        shape = conv_output_shape(x, weight, g)
+        legal = min(shape[2:]) > 0
     if not legal:
         torch.nn.functional.conv2d(x, weight, bias, *g)
         raise RuntimeError(
             f"convolution of input {tuple(x.shape)} with weight {tuple(weight.shape)} and {g} "
             "is not supported"
         )
-    return x.new_empty(1).expand(x.shape[0], weight.shape[0], *spatial)
+    return x.new_empty(1).expand(shape)
 
 
 _inference_op = FusedOp(
