@@ -25,7 +25,7 @@ struct Windows {
   bool starts, ends;  // the sums: with this part
 };
 
-template <int kRows, int kVectors>
+template <int kRows, int kVectors, int kLines>
 RESFAST_INLINE void direct_block(const DirectTile& t, const DirectLine& line, const Windows& w,
                                  int64_t channels, int64_t column) {
   if (w.starts && t.residual) {  // comes from memory meanwhile
@@ -37,7 +37,7 @@ RESFAST_INLINE void direct_block(const DirectTile& t, const DirectLine& line, co
       }
     }
   }
-  product_block<kRows, kVectors, kLinesAhead>(
+  product_block<kRows, kVectors, kNextRows, kLines>(
       w.x, line.x_stride, 1, w.u, kPanelColumns, channels, w.segments, line.segment_stride,
       t.channels * kPanelColumns, w.ahead, [&](int r, int j, FloatVec y) RESFAST_INLINE_LAMBDA {
         const int64_t at = w.at + r * line.out_stride + j * kProductLanes;
@@ -83,9 +83,12 @@ RESFAST_INLINE void direct_panel(const DirectTile& t, int64_t column, const Part
       const int64_t rows = next_rows(line.windows - row);
       w.x = line.x + row * line.x_stride + first * line.segment_stride + part.channel;
       w.at = line.out + row * line.out_stride + column;
-      w.ahead = lines.take(w.segments * part.channels, w.u);
-      with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
-        direct_block<decltype(count)::value, kVectors>(t, line, w, part.channels, column);
+      w.ahead = lines.take(w.segments * part.channels, nullptr);
+      with_fetching<kLinesAhead>(w.ahead, [&](auto lines_ahead) RESFAST_INLINE_LAMBDA {
+        with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
+          direct_block<decltype(count)::value, kVectors, decltype(lines_ahead)::value>(
+              t, line, w, part.channels, column);
+        });
       });
       row += rows;
     }

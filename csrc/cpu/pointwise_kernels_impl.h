@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kChainChannels = 512;
 constexpr int kLinesAhead = 1;
 
-template <int kRows, int kVectors>
+template <int kRows, int kVectors, int kLines>
 RESFAST_INLINE void pointwise_block(const PointwiseTile& t, int64_t row, int64_t column,
                                     int64_t first, int64_t channels, const float* ahead) {
   const bool last = first + channels == t.channels;
@@ -26,7 +26,7 @@ RESFAST_INLINE void pointwise_block(const PointwiseTile& t, int64_t row, int64_t
       }
     }
   }
-  product_block<kRows, kVectors, kLinesAhead>(
+  product_block<kRows, kVectors, kNextRows, kLines>(
       t.x + row * t.x_stride + first, t.x_stride, 1,
       t.u + column * t.channels + first * kPanelColumns, kPanelColumns, channels, 1, 0, 0, ahead,
       [&](int r, int j, FloatVec y) RESFAST_INLINE_LAMBDA {
@@ -49,9 +49,12 @@ RESFAST_INLINE void pointwise_panel(const PointwiseTile& t, int64_t column, int6
   LinesAhead<kLinesAhead> lines{next, channels * kPanelColumns / kLineFloats};
   for (int64_t row = 0; row < t.rows;) {
     const int64_t rows = next_rows(t.rows - row);
-    const float* const ahead = lines.take(channels, u);
-    with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
-      pointwise_block<decltype(count)::value, kVectors>(t, row, column, first, channels, ahead);
+    const float* const ahead = lines.take(channels, nullptr);
+    with_fetching<kLinesAhead>(ahead, [&](auto lines_ahead) RESFAST_INLINE_LAMBDA {
+      with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
+        pointwise_block<decltype(count)::value, kVectors, decltype(lines_ahead)::value>(
+            t, row, column, first, channels, ahead);
+      });
     });
     row += rows;
   }
@@ -89,7 +92,7 @@ void pointwise_correlation_rows(const PointwiseCorrelation& t) {
       }
     }
     with_rows(count, [&](auto rows) RESFAST_INLINE_LAMBDA {
-      product_block<decltype(rows)::value, kVectors, /*kLinesAhead=*/0>(
+      product_block<decltype(rows)::value, kVectors, false, 0>(
           t.d + k, 1, t.d_stride, t.x, kPanelColumns, t.rows, 1, 0, 0, nullptr,
           [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
             float* to = t.sums + (k + r) * t.sum_stride + j * kProductLanes;

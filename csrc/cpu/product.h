@@ -31,11 +31,51 @@ RESFAST_INLINE FloatVec in_register(FloatVec v) {
   return v;
 }
 
+// Stores wait for their sums, and the processor has room for few that wait (Zen 3: 6), behind which
+// nothing starts. So the last steps are taken by one half of the rows, and then by the other: the
+// first half's stores pass while the products go on.
+constexpr int kWaitingStores = 6;
+#if defined(__AVX512F__)
+constexpr int kLastSteps = 0;  // not measured
+#else
+constexpr int kLastSteps = 3;
+#endif
+
+// Whether the next rows are fetched meanwhile. Lines of 12 rows, whose distance is often a multiple
+// of 4 KB, do not fit into one set of a cache of 8 ways, as processors without AVX-512 have.
+#if defined(__AVX512F__)
+constexpr bool kNextRows = true;
+#else
+constexpr bool kNextRows = false;
+#endif
+
+// Where a block's products are: v[r·row_stride] for row r, u[j] for column j.
+struct ProductPlace {
+  const float *v, *u;
+};
+
+// sum[r][j] += v[r·row_stride + step·v_step] · u[step·u_step + j], rows [kFirst, kLast), vectors j.
+template <int kFirst, int kLast, int kVectors, class Sums>
+RESFAST_INLINE void product_step(const ProductPlace& at, int64_t row_stride, Sums& sum) {
+  const float* const lower = at.v + 3 * row_stride;  // three rows from one address: strides 0, 1, 2
+  FloatVec columns[kVectors];
+#pragma GCC unroll 8
+  for (int j = 0; j < kVectors; ++j) {
+    columns[j] = in_register(load_raw<FloatVec>(at.u + j * kProductLanes));
+  }
+#pragma GCC unroll 8
+  for (int r = kFirst; r < kLast; ++r) {
+    const FloatVec value = splat(r < 3 ? at.v[r * row_stride] : lower[(r - 3) * row_stride]);
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) sum[r][j] += value * columns[j];
+  }
+}
+
 // sum[r][j] = Σ over segments and steps v[r·row_stride + segment·v_segment + step·v_step] ·
 // u[segment·u_segment + step·u_step + j], vectors j; each sum goes to finish(r, j, sum).
-// kLinesAhead: fetched with each step, from `ahead` on; and v_step is 1, and the rows after these
-// come next. Or 0: nothing is fetched.
-template <int kRows, int kVectors, int kLinesAhead, class Finish>
+// kFetchRows: v_step is 1, and the rows after these are fetched, which come next.
+// kLinesAhead: fetched with each step, from `ahead` on.
+template <int kRows, int kVectors, bool kFetchRows, int kLinesAhead, class Finish>
 RESFAST_INLINE void product_block(const float* v, int64_t row_stride, int64_t v_step,
                                   const float* u, int64_t u_step, int64_t steps, int64_t segments,
                                   int64_t v_segment, int64_t u_segment, const float* ahead,
@@ -46,39 +86,49 @@ RESFAST_INLINE void product_block(const float* v, int64_t row_stride, int64_t v_
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) sum[r][j] = FloatVec{};
   }
+  constexpr bool kHalves = kLastSteps > 0 && kRows * kVectors > kWaitingStores;
+  const bool halves = kHalves && steps >= kLastSteps;
+  ProductPlace at{v, u};
   for (int64_t segment = 0; segment < segments; ++segment) {
-    const float* at = v + segment * v_segment;
-    const float* columns_at = u + segment * u_segment;
-    const float* lower = at + 3 * row_stride;  // three rows from one address: strides of 0, 1, 2
-    for (int64_t step = 0; step < steps; ++step) {
-      if (kLinesAhead > 0 && step % kLineFloats == 0) {
+    at = {v + segment * v_segment, u + segment * u_segment};
+    const int64_t count = halves && segment == segments - 1 ? steps - kLastSteps : steps;
+    for (int64_t step = 0; step < count; ++step) {
+      if (kFetchRows && step % kLineFloats == 0) {
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) __builtin_prefetch(at + (kRows + r) * row_stride);
+        for (int r = 0; r < kRows; ++r) __builtin_prefetch(at.v + (kRows + r) * row_stride);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kLinesAhead; ++i) __builtin_prefetch(ahead + i * kLineFloats, 0, 2);
       ahead += kLinesAhead * kLineFloats;
-      FloatVec columns[kVectors];
-#pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) {
-        columns[j] = in_register(load_raw<FloatVec>(columns_at + j * kProductLanes));
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const FloatVec value = splat(r < 3 ? at[r * row_stride] : lower[(r - 3) * row_stride]);
-#pragma GCC unroll 8
-        for (int j = 0; j < kVectors; ++j) sum[r][j] += value * columns[j];
-      }
-      at += v_step;
-      lower += v_step;
-      columns_at += u_step;
+      product_step<0, kRows, kVectors>(at, row_stride, sum);
+      at.v += v_step;
+      at.u += u_step;
     }
   }
+  const auto finish_rows = [&](auto first, auto last) RESFAST_INLINE_LAMBDA {
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+    for (int r = decltype(first)::value; r < decltype(last)::value; ++r) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) finish(r, j, sum[r][j]);
+      for (int j = 0; j < kVectors; ++j) finish(r, j, sum[r][j]);
+    }
+  };
+  if constexpr (kHalves) {
+    if (halves) {
+      const auto half = [&](auto first, auto last) RESFAST_INLINE_LAMBDA {
+        constexpr int kFirst = decltype(first)::value, kLast = decltype(last)::value;
+#pragma GCC unroll 8
+        for (int step = 0; step < kLastSteps; ++step) {
+          product_step<kFirst, kLast, kVectors>({at.v + step * v_step, at.u + step * u_step},
+                                                row_stride, sum);
+        }
+        finish_rows(first, last);
+      };
+      half(Int<0>{}, Int<kRows / 2>{});
+      half(Int<kRows / 2>{}, Int<kRows>{});
+      return;
+    }
   }
+  finish_rows(Int<0>{}, Int<kRows>{});
 }
 
 // The number of rows of the next block: the rest in blocks as equal as can be, 8 as 4 + 4.
@@ -94,15 +144,22 @@ struct LinesAhead {
   const float* next;
   int64_t lines;
 
-  // Where a block of so many steps starts; `hot`, which costs nothing, when all are fetched.
-  RESFAST_INLINE const float* take(int64_t steps, const float* hot) {
-    if (lines <= 0) return hot;
+  // Where a block of so many steps starts to fetch; `done` when all are fetched.
+  RESFAST_INLINE const float* take(int64_t steps, const float* done) {
+    if (lines <= 0) return done;
     const float* const from = next;
     next += steps * kLinesAhead * kLineFloats;
     lines -= steps * kLinesAhead;
     return from;
   }
 };
+
+// call(Int<kLinesAhead>), or call(Int<0>) where there is nothing to fetch
+template <int kLinesAhead, class Call>
+RESFAST_INLINE void with_fetching(const float* ahead, Call call) {
+  if (ahead) return call(Int<kLinesAhead>{});
+  call(Int<0>{});
+}
 
 // call(Int<rows>), for rows up to kProductRows
 template <class Call>

@@ -132,9 +132,9 @@ int64_t chain_channels(int64_t channels) {
 }
 
 // What lies outside of an image, for the length of one op.
-const float* zeros(int64_t channels) {
-  float* const memory = thread_scratch<kOutside>(channels);
-  std::fill(memory, memory + channels, 0.0f);
+const float* zeros(int64_t values) {
+  float* const memory = thread_scratch<kOutside>(values);
+  std::fill(memory, memory + values, 0.0f);
   return memory;
 }
 
@@ -157,7 +157,7 @@ struct Convolution {
     tiles = x.size(0) * grid.rows * grid.columns;
     input.grid = output.grid = grid;
     input.channels = input.part = c;
-    input.zeros = zeros(c);
+    input.zeros = zeros((tile + 2) * c);
     input.x = static_cast<const float*>(x.const_data_ptr());
     output.channels = output.out_channels = k;
     output.out = static_cast<float*>(out.mutable_data_ptr());
@@ -421,7 +421,7 @@ struct WeightGradient {
     tiles = x.size(0) * grid.rows * grid.columns;
     input.grid = gradient.grid = grid;
     input.channels = c;
-    input.zeros = gradient.zeros = zeros(std::max(c, k));
+    input.zeros = gradient.zeros = zeros((tile + 2) * std::max(c, k));
     input.x = static_cast<const float*>(x.const_data_ptr());
     gradient.channels = k;
     gradient.x = static_cast<const float*>(dz.const_data_ptr());

@@ -30,7 +30,7 @@ struct WinogradInput {
   int64_t begin, end;  // tiles
   int64_t channels;
   const float* x;      // the whole activation
-  const float* zeros;  // of all channels
+  const float* zeros;  // m + 2 pixels of all channels
   float* v;            // [points][tile][channel], points `point_stride` apart
   int64_t point_stride;
   // Of so many channels, a multiple of the lanes, next to each other: parts `part_stride` apart.

@@ -191,55 +191,76 @@ void winograd_weight(const WinogradWeight& t) {
   }
 }
 
-// Tiles of kLine values a side, from `offset` of the tile's first output, to the points.
-// transform(Int<group>, line, points): of a line's points those of one of kGroups groups.
+// A tile of kLine values a side to the points. kWhole: all its columns are in the image; otherwise
+// [left, right) are. transform(Int<group>, line, points): of a line's points one of kGroups groups.
+template <int kTile, int kLine, int kGroups, bool kWhole, class Transform>
+RESFAST_INLINE void tile_to_points(const WinogradInput& t, const float* const* row, int left,
+                                   int right, float* v, const Transform& transform) {
+  constexpr int kSide = kTile + 2, kRows = kSide / kGroups;
+  // Copies: for all the compiler knows, stores change t.
+  const int64_t channels = t.channels, part = t.part, part_stride = t.part_stride;
+  const int64_t point_stride = t.point_stride;
+  for (int64_t c = 0, in_part = 0; c < channels; c += kProductLanes) {
+    // Rows of points a group at a time: all would not fit into the registers.
+    const auto rows = [&](auto group) RESFAST_INLINE_LAMBDA {
+      FloatVec columns[kLine][kRows];  // by column, then row of points
+      int64_t at = c;
+#pragma GCC unroll 8
+      for (int j = 0; j < kLine; ++j) {
+        FloatVec d[kLine];
+        if (kWhole || (j >= left && j < right)) {
+#pragma GCC unroll 8
+          for (int i = 0; i < kLine; ++i) d[i] = load_raw<FloatVec>(row[i] + at);
+          transform(group, d, columns[j]);
+        } else {
+#pragma GCC unroll 8
+          for (int i = 0; i < kRows; ++i) columns[j][i] = FloatVec{};
+        }
+        at += channels;
+      }
+      constexpr int first = decltype(group)::value * kRows;
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        FloatVec d[kLine], points[kSide];
+#pragma GCC unroll 8
+        for (int j = 0; j < kLine; ++j) d[j] = columns[j][i];
+        transform(Int<0>{}, d, points);
+        if constexpr (kGroups == 2) transform(Int<1>{}, d, points + kRows);
+#pragma GCC unroll 8
+        for (int j = 0; j < kSide; ++j) {
+          store_raw(v + ((first + i) * kSide + j) * point_stride + in_part, points[j]);
+        }
+      }
+    };
+    rows(Int<0>{});
+    if constexpr (kGroups == 2) rows(Int<1>{});
+    in_part += kProductLanes;
+    if (in_part == part) {
+      v += part_stride;
+      in_part = 0;
+    }
+  }
+}
+
+// All tiles, from kOffset of their first output on.
 template <int kTile, int kLine, int kOffset, int kGroups, class Transform>
 RESFAST_INLINE void tiles_to_points(const WinogradInput& t, const Transform& transform) {
-  constexpr int kSide = kTile + 2, kRows = kSide / kGroups;
   const TileGrid& g = t.grid;
   for (int64_t tile = t.begin; tile < t.end; ++tile) {
     const TilePlace at(g, tile, kTile);
-    const float* from[kLine][kLine];
+    const float* row[kLine];
+    const int64_t x = at.x + kOffset;
     for (int i = 0; i < kLine; ++i) {
-      for (int j = 0; j < kLine; ++j) {
-        const int64_t y = at.y + i + kOffset, x = at.x + j + kOffset;
-        const bool inside = y >= 0 && y < g.h && x >= 0 && x < g.w;
-        from[i][j] = inside ? t.x + ((at.n * g.h + y) * g.w + x) * t.channels : t.zeros;
-      }
+      const int64_t y = at.y + kOffset + i;
+      row[i] = y >= 0 && y < g.h ? t.x + ((at.n * g.h + y) * g.w + x) * t.channels : t.zeros;
     }
     float* v = t.v + (tile - t.begin) * t.part;
-    for (int64_t c = 0, in_part = 0; c < t.channels; c += kProductLanes) {
-      // Rows of points a group at a time: all would not fit into the registers.
-      const auto rows = [&](auto group) RESFAST_INLINE_LAMBDA {
-        FloatVec columns[kLine][kRows];  // by column, then row of points
-#pragma GCC unroll 8
-        for (int j = 0; j < kLine; ++j) {
-          FloatVec d[kLine];
-#pragma GCC unroll 8
-          for (int i = 0; i < kLine; ++i) d[i] = load_raw<FloatVec>(from[i][j] + c);
-          transform(group, d, columns[j]);
-        }
-        constexpr int first = decltype(group)::value * kRows;
-#pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-          FloatVec d[kLine], points[kSide];
-#pragma GCC unroll 8
-          for (int j = 0; j < kLine; ++j) d[j] = columns[j][i];
-          transform(Int<0>{}, d, points);
-          if constexpr (kGroups == 2) transform(Int<1>{}, d, points + kRows);
-#pragma GCC unroll 8
-          for (int j = 0; j < kSide; ++j) {
-            store_raw(v + ((first + i) * kSide + j) * t.point_stride + in_part, points[j]);
-          }
-        }
-      };
-      rows(Int<0>{});
-      if constexpr (kGroups == 2) rows(Int<1>{});
-      in_part += kProductLanes;
-      if (in_part == t.part) {
-        v += t.part_stride;
-        in_part = 0;
-      }
+    if (x >= 0 && x + kLine <= g.w) {
+      tile_to_points<kTile, kLine, kGroups, true>(t, row, 0, kLine, v, transform);
+    } else {
+      tile_to_points<kTile, kLine, kGroups, false>(
+          t, row, static_cast<int>(x < 0 ? -x : 0),
+          static_cast<int>(g.w - x < kLine ? g.w - x : kLine), v, transform);
     }
   }
 }
@@ -258,7 +279,7 @@ void winograd_gradient(const WinogradInput& t) {
              RESFAST_INLINE_LAMBDA { gradient_to_points<kTile>(d, out); });
 }
 
-constexpr int kLinesAhead = 2;
+constexpr int kLinesAhead = kProductVectors / 2;
 
 template <int kVectors>
 void product_rows(const WinogradProduct& t) {
@@ -271,16 +292,18 @@ void product_rows(const WinogradProduct& t) {
                                   channels * kPanelColumns / kLineFloats};
     for (int64_t row = 0; row < t.tiles;) {
       const int64_t rows = next_rows(t.tiles - row);
-      const float* const ahead = lines.take(channels, u);
+      const float* const ahead = lines.take(channels, nullptr);
       const float* v = t.v + row * t.v_stride + first;
       float* m = t.m + row * t.m_stride;
-      with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
-        product_block<decltype(count)::value, kVectors, kLinesAhead>(
-            v, t.v_stride, 1, u, kPanelColumns, channels, 1, 0, 0, ahead,
-            [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
-              float* to = m + r * t.m_stride + j * kProductLanes;
-              store_raw(to, add ? load_raw<FloatVec>(to) + sum : sum);
-            });
+      with_fetching<kLinesAhead>(ahead, [&](auto lines_ahead) RESFAST_INLINE_LAMBDA {
+        with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
+          product_block<decltype(count)::value, kVectors, kNextRows, decltype(lines_ahead)::value>(
+              v, t.v_stride, 1, u, kPanelColumns, channels, 1, 0, 0, ahead,
+              [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
+                float* to = m + r * t.m_stride + j * kProductLanes;
+                store_raw(to, add ? load_raw<FloatVec>(to) + sum : sum);
+              });
+        });
       });
       row += rows;
     }
@@ -300,7 +323,7 @@ void correlation_rows(const WinogradCorrelation& t) {
     const int64_t channels = next_rows(t.channels - channel);
     float* sums = t.sums + channel * t.sum_stride;
     with_rows(channels, [&](auto count) RESFAST_INLINE_LAMBDA {
-      product_block<decltype(count)::value, kVectors, /*kLinesAhead=*/0>(
+      product_block<decltype(count)::value, kVectors, false, 0>(
           t.v + channel, 1, t.v_stride, t.d, t.d_stride, t.tiles, 1, 0, 0, nullptr,
           [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
             float* to = sums + r * t.sum_stride + j * kProductLanes;
@@ -387,9 +410,63 @@ void winograd_weight_gradient(const WinogradWeightGradient& t) {
   }
 }
 
-template <int kTile>
-void winograd_output(const WinogradOutput& t) {
+// How a residual joins the result.
+constexpr int kNone = 0, kBeforeAct = 1, kAfterAct = 2;
+
+// One tile. kWhole: all of it is in the image; otherwise so many rows and columns, from `first` on.
+template <int kTile, int kResidual, bool kRelu, bool kWhole>
+RESFAST_INLINE void tile_from_points(const WinogradOutput& t, const float* m, int64_t first,
+                                     int rows, int columns) {
   constexpr int kSide = kTile + 2;
+  const int64_t row_stride = t.grid.w * t.out_channels;
+  for (int64_t c = 0; c < t.channels; c += kProductLanes) {
+    if (kResidual != kNone) {  // what comes next, from memory meanwhile
+      for (int i = 0; i < rows; ++i) {
+        for (int j = 0; j < columns; ++j) {
+          __builtin_prefetch(t.residual + first + i * row_stride + j * t.out_channels + c +
+                             kProductLanes);
+        }
+      }
+    }
+    FloatVec lines[kSide][kTile];  // by column of points, then output row
+#pragma GCC unroll 8
+    for (int j = 0; j < kSide; ++j) {
+      FloatVec p[kSide];
+#pragma GCC unroll 8
+      for (int i = 0; i < kSide; ++i) {
+        p[i] = load_raw<FloatVec>(m + (i * kSide + j) * t.point_stride + c);
+      }
+      from_points<kTile>(p, lines[j]);
+    }
+    FloatVec scale = splat(1.0f), shift{};
+    if (t.scale) {
+      scale = load_raw<FloatVec>(t.scale + c);
+      shift = load_raw<FloatVec>(t.shift + c);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kTile; ++i) {
+      if (!kWhole && i >= rows) break;
+      FloatVec p[kSide], y[kTile];
+#pragma GCC unroll 8
+      for (int j = 0; j < kSide; ++j) p[j] = lines[j][i];
+      from_points<kTile>(p, y);
+      const int64_t line = first + i * row_stride + c;
+#pragma GCC unroll 8
+      for (int j = 0; j < kTile; ++j) {
+        if (!kWhole && j >= columns) break;
+        const int64_t place = line + j * t.out_channels;
+        FloatVec u = y[j] * scale + shift;
+        if (kResidual == kBeforeAct) u += load_raw<FloatVec>(t.residual + place);
+        if (kRelu) u = u < 0.0f ? FloatVec{} : u;  // NaN stays
+        if (kResidual == kAfterAct) u += load_raw<FloatVec>(t.residual + place);
+        store_raw(t.out + place, u);
+      }
+    }
+  }
+}
+
+template <int kTile, int kResidual, bool kRelu>
+void tiles_from_points(const WinogradOutput& t) {
   const TileGrid& g = t.grid;
   for (int64_t tile = t.begin; tile < t.end; ++tile) {
     const TilePlace at(g, tile, kTile);
@@ -397,53 +474,23 @@ void winograd_output(const WinogradOutput& t) {
     const int columns = static_cast<int>(g.w - at.x < kTile ? g.w - at.x : kTile);
     const int64_t first = ((at.n * g.h + at.y) * g.w + at.x) * t.out_channels;
     const float* m = t.m + (tile - t.begin) * t.channels;
-    for (int64_t c = 0; c < t.channels; c += kProductLanes) {
-      if (t.residual) {  // what comes next, from memory meanwhile
-        for (int i = 0; i < rows; ++i) {
-          for (int j = 0; j < columns; ++j) {
-            __builtin_prefetch(t.residual + first + (i * g.w + j) * t.out_channels + c +
-                               kProductLanes);
-          }
-        }
-      }
-      FloatVec lines[kSide][kTile];  // by column of points, then output row
-#pragma GCC unroll 8
-      for (int j = 0; j < kSide; ++j) {
-        FloatVec p[kSide];
-#pragma GCC unroll 8
-        for (int i = 0; i < kSide; ++i) {
-          p[i] = load_raw<FloatVec>(m + (i * kSide + j) * t.point_stride + c);
-        }
-        from_points<kTile>(p, lines[j]);
-      }
-      FloatVec scale = splat(1.0f), shift{};
-      if (t.scale) {
-        scale = load_raw<FloatVec>(t.scale + c);
-        shift = load_raw<FloatVec>(t.shift + c);
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < kTile; ++i) {
-        if (i >= rows) break;
-        FloatVec p[kSide], y[kTile];
-#pragma GCC unroll 8
-        for (int j = 0; j < kSide; ++j) p[j] = lines[j][i];
-        from_points<kTile>(p, y);
-        const int64_t line = first + i * g.w * t.out_channels + c;
-#pragma GCC unroll 8
-        for (int j = 0; j < kTile; ++j) {
-          if (j >= columns) break;
-          const int64_t place = line + j * t.out_channels;
-          FloatVec u = y[j] * scale + shift;
-          FloatVec r{};
-          if (t.residual) r = load_raw<FloatVec>(t.residual + place);
-          if (!t.add_after_act) u += r;
-          if (t.relu) u = u < 0.0f ? FloatVec{} : u;  // NaN stays
-          if (t.add_after_act) u += r;
-          store_raw(t.out + place, u);
-        }
-      }
+    if (rows == kTile && columns == kTile) {
+      tile_from_points<kTile, kResidual, kRelu, true>(t, m, first, kTile, kTile);
+    } else {
+      tile_from_points<kTile, kResidual, kRelu, false>(t, m, first, rows, columns);
     }
   }
+}
+
+template <int kTile>
+void winograd_output(const WinogradOutput& t) {
+  const auto with_relu = [&](auto residual) {
+    constexpr int kResidual = decltype(residual)::value;
+    t.relu ? tiles_from_points<kTile, kResidual, true>(t)
+           : tiles_from_points<kTile, kResidual, false>(t);
+  };
+  if (!t.residual) return with_relu(Int<kNone>{});
+  t.add_after_act ? with_relu(Int<kAfterAct>{}) : with_relu(Int<kBeforeAct>{});
 }
 
 }  // namespace
