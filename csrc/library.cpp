@@ -18,6 +18,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
   m.def(
       "norm_apply_max_pool(Tensor z, Tensor mean, Tensor scale, Tensor beta, int kernel, "
       "int stride, int padding, Tensor(a!) out, Tensor(b!)? index) -> ()");
+  m.def("max_pool(Tensor z, int kernel, int stride, int padding, Tensor(a!) out) -> ()");
   m.def(
       "norm_max_pool_backward_reduce(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor scale, "
       "Tensor beta, Tensor index, int kernel, int stride, int padding, Tensor(a!) sum_du, "

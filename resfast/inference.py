@@ -14,6 +14,7 @@ import threading
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, TypeVar, cast
 
 import torch
@@ -29,6 +30,7 @@ from resfast.backends.packed import PackedConvolution, packing_declines
 from resfast.backends.packed_pool import (
     Window,
     images_at_a_time,
+    max_pool,
     native_window,
     pooled_convolution,
 )
@@ -37,6 +39,8 @@ from resfast.backends.select import find
 from resfast.inference_memory import PREPARED, Memory, plan_memory
 
 MAX_PLANS = 8
+# of a mean that becomes a pooling: it adds them up one by one, and rounding errors with them
+MAX_POOLED_PIXELS = 64
 Plan = Callable[[Tensor], Any]
 _Run = TypeVar("_Run", bound=Callable[..., Tensor])
 _CONVOLUTION = torch.ops.resfast.conv_bn_act_inference.default
@@ -253,6 +257,11 @@ def _plan(model: nn.Module, x: Tensor) -> Plan:
             _prepare_linear(graph, node)
         elif node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])
+    for node in list(graph.graph.nodes):
+        if node.target is torch.ops.aten.max_pool2d_with_indices.default:
+            _prepare_pool(graph, node)
+        elif node.target is torch.ops.aten.mean.dim:
+            _prepare_mean(graph, node)
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     memory = _use_planned_memory(graph)
@@ -396,10 +405,15 @@ def _pool_behind(node: fx.Node) -> tuple[fx.Node, Window] | None:
         return None
     if len(node.meta["val"]) <= images_at_a_time(node.meta["val"]):
         return None
+    window = _window(pool)
+    return None if window is None else (pool, window)
+
+
+def _window(pool: fx.Node) -> Window | None:
+    """Of a max-pool whose maxima alone are read, where the native one runs it."""
     if not all(u.target is operator.getitem and u.args[1] == 0 for u in pool.users):
         return None
-    window = native_window(*cast(Any, pool.args[1:]))
-    return None if window is None else (pool, window)
+    return native_window(*cast(Any, pool.args[1:]))
 
 
 def _prepare_pooled(
@@ -411,19 +425,57 @@ def _prepare_pooled(
     count: int,
 ) -> None:
     """``_prepare`` of a convolution and the max-pool behind it, ``count`` images at a time."""
-    pooled, channels = pool.meta["val"][0], node.meta["val"].shape[1]
-    run = prepared.reporting(
-        pooled_convolution(prepared.run, channels, count, pooled.shape, window)
-    )
+    shape = pool.meta["val"][0].shape
+    run = prepared.reporting(pooled_convolution(prepared.run, count, shape, window))
+    _replace_pool(graph, pool, run, f"{node.name}_max_pool", (node.args[0], None, True, None))
+    graph.graph.erase_node(node)
+
+
+def _prepare_pool(graph: fx.GraphModule, pool: fx.Node) -> None:
+    """Replace a max-pool by the native one."""
+    x, window = _like(pool.args[0]), _window(pool)
+    if x is None or x.dim() != 4 or not x.is_floating_point() or window is None:
+        return
+    if find("conv_fprop", x)[0].name != "cpu":
+        return
+    run = max_pool(pool.meta["val"][0].shape, window)
+    arguments = (_channels_last(graph, pool, pool.args[0]), None, False, None)
+    _replace_pool(graph, pool, run, pool.name, arguments)
+
+
+def _replace_pool(
+    graph: fx.GraphModule, pool: fx.Node, run: PackedConvolution, name: str, arguments: tuple
+) -> None:
     with graph.graph.inserting_before(pool):
-        arguments = (node.args[0], None, True, None)
-        call = graph.graph.call_function(_named(run, f"{node.name}_max_pool"), arguments)
-    call.meta = {**pool.meta, "val": pooled, PREPARED: True}
+        call = graph.graph.call_function(_named(run, name), arguments)
+    call.meta = {**pool.meta, "val": pool.meta["val"][0], PREPARED: True}
     for maxima in list(pool.users):
         maxima.replace_all_uses_with(call)
         graph.graph.erase_node(maxima)
     graph.graph.erase_node(pool)
-    graph.graph.erase_node(node)
+
+
+def _prepare_mean(graph: fx.GraphModule, mean: fx.Node) -> None:
+    """Replace the mean over small images by a pooling, whose call costs less."""
+    x, dims, keep = cast(Any, (*mean.args, False)[:3])
+    like = x.meta["val"]
+    if mean.kwargs or keep is not True or not like.is_cpu or like.dim() != 4:
+        return
+    if sorted(d % 4 for d in dims) != [2, 3] or not 0 < prod(like.shape[2:]) <= MAX_POOLED_PIXELS:
+        return
+    with graph.graph.inserting_before(mean):
+        window = list(like.shape[2:])
+        call = graph.graph.call_function(torch.ops.aten.avg_pool2d.default, (x, window))
+    call.meta = dict(mean.meta)
+    mean.replace_all_uses_with(call)
+    graph.graph.erase_node(mean)
+    # adaptive pooling ends by making the result channels_last, which this one is
+    n, c = like.shape[:2]
+    if like.is_contiguous(memory_format=torch.channels_last):
+        for user in list(call.users):
+            if user.args[1:] == ([n, c, 1, 1], [c, 1, c, c]):
+                user.replace_all_uses_with(call)
+                graph.graph.erase_node(user)
 
 
 def _is_last_use(node: fx.Node, residual: Any) -> bool:

@@ -25,6 +25,7 @@ RAW_OPS = (
     "norm_backward_reduce",
     "norm_backward_apply",
     "norm_apply_max_pool",
+    "max_pool",
     "norm_max_pool_backward_reduce",
     "norm_max_pool_backward_apply",
     "pointwise_weight",

@@ -163,9 +163,67 @@ def test_a_convolution_and_its_max_pool_run_a_few_images_at_a_time(n, window, mo
     optimized, x = resfast.optimize_for_inference(model), _images(n, 3, 12, 10)
     with torch.no_grad():
         torch.testing.assert_close(optimized(x), model(x))
+    assert len(_calls(optimized, "conv_bn_act_inference_max_pool")) == (n > 2)
+    assert len(_calls(optimized, "max_pool2d_with_indices")) == (n <= 2)
+    assert not _calls(optimized, "aten.max_pool2d")
+
+
+def _calls(optimized, name):
     (plan,) = optimized.plans.values()
-    called = [str(n.target) for n in plan.graph.graph.nodes if n.op == "call_function"]
-    assert any("max_pool2d" in c for c in called) == (n <= 2)
+    return [n for n in plan.graph.graph.nodes if n.op == "call_function" and name in str(n.target)]
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_max_pool_alone_runs_natively(layout, dtype):
+    model = nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2))
+    x = torch.randn(2, 5, 9, 14, dtype=dtype).to(memory_format=layout)
+    x[0, 1, 2, 3], x[1, :, 6:] = float("nan"), -float("inf")
+    optimized = resfast.optimize_for_inference(model.eval())
+    torch.testing.assert_close(optimized(x), model(x), rtol=0, atol=0, equal_nan=True)
+    assert len(_calls(optimized, "run_max_pool2d")) == 2 and not _calls(optimized, "aten.max")
+
+
+@pytest.mark.parametrize("kept", [(3, 9, 14), (2, 3, 9, 14)], ids=str)
+def test_max_pools_that_are_not_native(kept):
+    model, x = nn.MaxPool2d(3, 2, 1).eval(), torch.randn(kept)
+    optimized = resfast.optimize_for_inference(model)
+    assert torch.equal(optimized(x), model(x))
+    assert len(_calls(optimized, "aten.max_pool2d")) == (len(kept) == 3)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(("side", "pooled"), [(7, True), (1, True), (8, True), (9, False)])
+def test_the_mean_over_small_images_is_a_pooling(side, pooled, layout):
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 3)).eval()
+    x = torch.randn(2, 24, side, side, generator=torch.Generator().manual_seed(0))
+    optimized, x = resfast.optimize_for_inference(model), x.to(memory_format=layout)
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(x), model(x))
+    assert len(_calls(optimized, "avg_pool2d")) == pooled
+    assert len(_calls(optimized, "aten.mean")) == (not pooled)
+    assert not (pooled and layout == torch.channels_last and _calls(optimized, "as_strided"))
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [
+        lambda x: x.mean((2, 3)),
+        lambda x: x.mean((1, 2), keepdim=True),
+        lambda x: x.mean(3, keepdim=True),
+        lambda x: x.mean((2, 3), keepdim=True, dtype=torch.float64),
+        lambda x: x[0].mean((1, 2), keepdim=True),
+    ],
+)
+def test_other_means_stay(mean):
+    class Mean(nn.Module):
+        def forward(self, x):
+            return mean(x)
+
+    x = torch.randn(2, 4, 5, 6)
+    optimized = resfast.optimize_for_inference(Mean().eval())
+    torch.testing.assert_close(optimized(x), mean(x), rtol=0, atol=0)
+    assert not _calls(optimized, "avg_pool2d")
 
 
 @pytest.mark.parametrize(

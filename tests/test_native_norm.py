@@ -490,6 +490,22 @@ def test_max_pool_index_follows_the_rule_of_torch(isa, shape, kernel, stride, pa
         assert torch.equal(flat_index(index, shape, pool), position)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "kernel", "stride", "padding"), POOLS, ids=str)
+def test_max_pool_alone(isa, shape, kernel, stride, padding, dtype):
+    """Values of every sign; NaN over all, wherever it stands in a window."""
+    x, pool = Inputs(shape, dtype), (kernel, stride, padding)
+    z = x.activation()
+    for special in (None, float("nan"), -float("inf")):
+        if special is not None:
+            z[torch.rand(shape, generator=x.generator) < 0.1] = special
+        out, _ = pool_outputs(x, pool)
+        ops.max_pool(z, *pool, out)
+        if shape[0] > 0:
+            reference = torch.nn.functional.max_pool2d(z.double(), *pool)
+            torch.testing.assert_close(out.double(), reference, rtol=0, atol=0, equal_nan=True)
+
+
 def pooled_du(dy, z, mean, scale, beta, index, shape, pool):
     """du of the pool's input, the sum of its terms' magnitudes, and where its sign is unsure."""
     at = flat_index(index, shape, pool).flatten(2)
@@ -638,6 +654,7 @@ def good_arguments(op: str) -> dict[str, object]:
             **{"z": a(), "mean": v(), "scale": v(), "beta": v(), **pool},
             **{"out": pooled, "index": index},
         },
+        "max_pool": lambda: {"z": a(), **pool, "out": pooled},
         "norm_max_pool_backward_reduce": lambda: {
             **{"dy": torch.rand_like(pooled), "z": a(), "mean": v(), "rstd": v(), "scale": v()},
             **{"beta": v(), "index": index.zero_(), **pool},
@@ -656,6 +673,7 @@ OUTPUTS = {
     "norm_backward_reduce": ("sum_du", "sum_du_xhat", "activation"),
     "norm_backward_apply": ("dz", "du"),
     "norm_apply_max_pool": ("out", "index"),
+    "max_pool": ("out",),
     "norm_max_pool_backward_reduce": ("sum_du", "sum_du_xhat"),
     "norm_max_pool_backward_apply": ("dz",),
 }
@@ -736,6 +754,9 @@ def test_message_names_argument_shape_and_dtype():
         ("norm_apply_max_pool", {"padding": -1}, "padding must be 0 to half the kernel size"),
         ("norm_apply_max_pool", {"padding": 2}, "padding must be 0 to half the kernel size"),
         ("norm_apply_max_pool", {"kernel": 7, "padding": 0}, "kernel 7 .* is larger than z"),
+        ("max_pool", {"kernel": 0}, "kernel must be 1 to 16, got 0"),
+        ("max_pool", {"stride": 0}, "stride must be at least 1, got 0"),
+        ("max_pool", {"padding": 2}, "padding must be 0 to half the kernel size"),
         ("norm_max_pool_backward_reduce", {"stride": 1}, "dy must have the pooled shape"),
         ("norm_max_pool_backward_apply", {"stride": 3}, "dy must have the pooled shape"),
     ],
@@ -754,6 +775,7 @@ def test_bad_combination_is_rejected(op, changes, match):
         ("norm_backward_reduce", "sum_du", "mean"),
         ("norm_backward_apply", "dz", "du"),
         ("norm_backward_apply", "dz", "dy"),
+        ("max_pool", "out", "z"),
         ("norm_max_pool_backward_reduce", "sum_du_xhat", "rstd"),
         ("norm_max_pool_backward_apply", "dz", "z"),
     ],
@@ -763,10 +785,10 @@ def test_overlapping_memory_is_rejected(op, output, other):
     if arguments[output].dim() == 1:  # the very same vector
         arguments[output] = arguments[other]
     else:  # shifted by one element
-        storage = torch.randn(arguments[output].numel() + 1)
+        storage = torch.randn(max(arguments[n].numel() for n in (output, other)) + 1)
         for shift, name in enumerate((output, other)):
-            strides = arguments[name].stride()
-            arguments[name] = storage[shift:].as_strided(SHAPE, strides, shift)
+            like = arguments[name]
+            arguments[name] = storage.as_strided(like.shape, like.stride(), shift)
     assert_rejected(op, arguments, f"{output} overlaps the memory of {other}")
 
 

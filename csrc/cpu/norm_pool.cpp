@@ -1,4 +1,5 @@
-// Normalise + ReLU + max-pool on NHWC activations (the stem of a ResNet): entry points.
+// Normalise + ReLU + max-pool on NHWC activations (the stem of a ResNet), and max-pool alone: entry
+// points.
 //
 // Work is cut into lines of pixels by the shape alone and merged in order, as in norm.cpp.
 #include <torch/csrc/stable/library.h>
@@ -100,6 +101,27 @@ void norm_apply_max_pool(const Tensor& z, const Tensor& mean, const Tensor& scal
                   tile.begin = begin;
                   tile.end = end;
                   kernels.apply(storage_of(z), tile);
+                });
+}
+
+// out = max_pool2d(z): NaN where a window holds one.
+void max_pool(const Tensor& z, int64_t kernel, int64_t stride, int64_t padding, const Tensor& out) {
+  check_activation(z, "z");
+  const PoolShape p = check_pool(z, kernel, stride, padding);
+  check_pooled(out, "out", z.scalar_type(), z, p);
+  check_memory({{"out", out, Access::whole}}, {{"z", z}});
+
+  const NormPoolKernels& kernels = pool_kernels();
+  MaxPoolTile t{};
+  t.shape = p;
+  t.z = z.const_data_ptr();
+  t.out = out.mutable_data_ptr();
+  for_each_tile(z.size(0) * p.out_height, lines_per_tile(z, p.width * stride),
+                [&](int64_t, int64_t begin, int64_t end) {
+                  MaxPoolTile tile = t;
+                  tile.begin = begin;
+                  tile.end = end;
+                  kernels.max(storage_of(z), tile);
                 });
 }
 
@@ -219,6 +241,7 @@ void norm_max_pool_backward_apply(const Tensor& dy, const Tensor& z, const Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(resfast, CPU, m) {
   m.impl("norm_apply_max_pool", TORCH_BOX(&resfast::norm_apply_max_pool));
+  m.impl("max_pool", TORCH_BOX(&resfast::max_pool));
   m.impl("norm_max_pool_backward_reduce", TORCH_BOX(&resfast::norm_max_pool_backward_reduce));
   m.impl("norm_max_pool_backward_apply", TORCH_BOX(&resfast::norm_max_pool_backward_apply));
 }

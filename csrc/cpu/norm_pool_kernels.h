@@ -24,6 +24,13 @@ struct PoolApplyTile {
   uint8_t* index;  // or nullptr
 };
 
+struct MaxPoolTile {
+  PoolShape shape;
+  int64_t begin, end;  // output lines
+  const void* z;
+  void* out;
+};
+
 struct PoolBackwardReduceTile {
   PoolShape shape;
   int64_t begin, end;  // output lines
@@ -43,6 +50,7 @@ struct PoolBackwardApplyTile {
 
 struct NormPoolKernels {
   void (*apply)(Storage, const PoolApplyTile&);
+  void (*max)(Storage, const MaxPoolTile&);
   void (*backward_reduce)(Storage, const PoolBackwardReduceTile&);
   void (*backward_apply)(Storage, const PoolBackwardApplyTile&);
 };

@@ -1,5 +1,6 @@
-// Normalise + ReLU + max-pool, compiled once per instruction set by norm_pool_<isa>.cpp. The
-// normalised activation is never stored: windows recompute it from z, which is in cache.
+// Normalise + ReLU + max-pool, and max-pool alone, compiled once per instruction set by
+// norm_pool_<isa>.cpp. The normalised activation is never stored: windows recompute it from z,
+// which is in cache.
 #pragma once
 
 #include "cpu/norm_pool_kernels.h"
@@ -81,6 +82,53 @@ void pool_apply(const PoolApplyTile& t) {
         store(static_cast<S*>(t.out) + at + c, best, lanes);
         if constexpr (HAS_INDEX) store_index<S>(t.index + at + c, index, lanes);
       });
+    }
+  }
+}
+
+template <class S>
+void max_pool(const MaxPoolTile& t) {
+  using V = Vec<S>;
+  const PoolShape& p = t.shape;
+  for (int64_t line = t.begin; line < t.end; ++line) {
+    const int64_t row = line % p.out_height;
+    const S* sample =
+        static_cast<const S*>(t.z) + line / p.out_height * p.height * p.width * p.channels;
+    const Range rs = taps(row, p.height, p);
+    for (int64_t column = 0; column < p.out_width; ++column) {
+      const Range ss = taps(column, p.width, p);
+      const int64_t first_row = row * p.stride - p.padding;
+      const int64_t first_column = column * p.stride - p.padding;
+      const S* tap[kMaxPoolKernel * kMaxPoolKernel];
+      int count = 0;
+      for (int64_t r = rs.begin; r < rs.end; ++r) {
+        for (int64_t s = ss.begin; s < ss.end; ++s) {
+          tap[count++] = sample + ((first_row + r) * p.width + first_column + s) * p.channels;
+          __asm__ volatile("");  // a handful of turns: vectorised, they cost more than the rest
+        }
+      }
+      S* const out = static_cast<S*>(t.out) + (line * p.out_width + column) * p.channels;
+      // kCount: a number of taps to unroll for, or 0
+      const auto window = [&](auto n) RESFAST_INLINE_LAMBDA {
+        constexpr int kCount = decltype(n)::value;
+        for_each_channel<S>(p.channels, [&](int64_t c, auto lanes) RESFAST_INLINE_LAMBDA {
+          V best = load(tap[0] + c, lanes);
+          IndexVec<S> nan{};  // of the others: where best is NaN, it stays
+          const auto take = [&](const S* z) RESFAST_INLINE_LAMBDA {
+            const V u = load(z + c, lanes);
+            nan |= u != u;
+            best = maximum(u, best);  // of two zeros the first
+          };
+          if constexpr (kCount > 0) {
+#pragma GCC unroll 16
+            for (int i = 1; i < kCount; ++i) take(tap[i]);
+          } else {
+            for (int i = 1; i < count; ++i) take(tap[i]);
+          }
+          store(out + c, nan ? V{} + static_cast<acc_t<S>>(__builtin_nanf("")) : best, lanes);
+        });
+      };
+      count == 9 ? window(Int<9>{}) : window(Int<0>{});  // 9: 3×3 within the image
     }
   }
 }
@@ -228,6 +276,9 @@ void pool_backward_apply(const PoolBackwardApplyTile& t) {
 void pool_apply_tile(Storage storage, const PoolApplyTile& t) {
   by_storage(storage, [&](auto s) { pool_apply<decltype(s)>(t); });
 }
+void max_pool_tile(Storage storage, const MaxPoolTile& t) {
+  by_storage(storage, [&](auto s) { max_pool<decltype(s)>(t); });
+}
 void pool_backward_reduce_tile(Storage storage, const PoolBackwardReduceTile& t) {
   by_storage(storage, [&](auto s) { pool_backward_reduce<decltype(s)>(t); });
 }
@@ -239,4 +290,4 @@ void pool_backward_apply_tile(Storage storage, const PoolBackwardApplyTile& t) {
 }  // namespace resfast
 
 #define RESFAST_NORM_POOL_KERNELS \
-  {pool_apply_tile, pool_backward_reduce_tile, pool_backward_apply_tile}
+  {pool_apply_tile, max_pool_tile, pool_backward_reduce_tile, pool_backward_apply_tile}

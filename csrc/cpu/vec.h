@@ -255,6 +255,28 @@ RESFAST_INLINE void store(S* p, FloatVec v, Partial n) {
   store_raw(&p->bits, narrow(S{}, v), n.count);
 }
 
+// a > b ? a : b, so b where either is NaN; GCC makes two instructions of that.
+#if defined(__AVX512F__)
+RESFAST_INLINE FloatVec maximum(FloatVec a, FloatVec b) {
+  return (FloatVec)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+}
+RESFAST_INLINE DoubleVec maximum(DoubleVec a, DoubleVec b) {
+  return (DoubleVec)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b);
+}
+#elif defined(__AVX2__)
+RESFAST_INLINE FloatVec maximum(FloatVec a, FloatVec b) {
+  return (FloatVec)_mm256_max_ps((__m256)a, (__m256)b);
+}
+RESFAST_INLINE DoubleVec maximum(DoubleVec a, DoubleVec b) {
+  return (DoubleVec)_mm256_max_pd((__m256d)a, (__m256d)b);
+}
+#else
+template <class V>
+RESFAST_INLINE V maximum(V a, V b) {
+  return a > b ? a : b;
+}
+#endif
+
 // A factor of two at a time: GCC takes longer steps lane by lane.
 typedef uint16_t LongShorts __attribute__((vector_size(kVectorBytes / 4)));
 typedef uint32_t LongInts __attribute__((vector_size(kVectorBytes / 2)));

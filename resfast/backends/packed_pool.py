@@ -48,21 +48,23 @@ def images_at_a_time(y: Tensor) -> int:
     return max(1, _PIECE_BYTES // (prod(y.shape[1:]) * y.element_size()))
 
 
+def max_pool(shape: Sequence[int], window: Window) -> PackedConvolution:
+    """maxpool(x), of that shape: called as a prepared convolution is."""
+
+    def write(x: Tensor, residual: Tensor | None, relu: bool, out: Tensor) -> None:
+        torch.ops.resfast.max_pool(x, *window, out)
+
+    return writing_convolution(write, lambda x: empty_nhwc(tuple(shape), x))
+
+
 def pooled_convolution(
-    convolution: PackedConvolution,
-    channels: int,
-    count: int,
-    pooled_shape: Sequence[int],
-    window: Window,
+    convolution: PackedConvolution, count: int, shape: Sequence[int], window: Window
 ) -> PackedConvolution:
-    """maxpool(relu(convolution(x))), ``count`` images at a time."""
-    # what the native op normalises with before it pools: the convolution has done that
-    zero, one = torch.zeros(channels), torch.ones(channels)
-    shape = tuple(pooled_shape)
+    """maxpool(relu(convolution(x))), of that shape, ``count`` images at a time."""
 
     def write(x: Tensor, residual: Tensor | None, relu: bool, out: Tensor) -> None:
         for piece, pooled in zip(x.split(count), out.split(count), strict=True):
             y = convolution(piece, None, True)
-            torch.ops.resfast.norm_apply_max_pool(y, zero, one, zero, *window, pooled, None)
+            torch.ops.resfast.max_pool(y, *window, pooled)
 
-    return writing_convolution(write, lambda x: empty_nhwc(shape, x))
+    return writing_convolution(write, lambda x: empty_nhwc(tuple(shape), x))
