@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kChainChannels = 512;
 constexpr int kLinesAhead = 1;
 
-template <int kRows, int kVectors, int kLines>
+template <int kRows, int kVectors, bool kFetchRows, int kLines>
 RESFAST_INLINE void pointwise_block(const PointwiseTile& t, int64_t row, int64_t column,
                                     int64_t first, int64_t channels, const float* ahead) {
   const bool last = first + channels == t.channels;
@@ -26,7 +26,7 @@ RESFAST_INLINE void pointwise_block(const PointwiseTile& t, int64_t row, int64_t
       }
     }
   }
-  product_block<kRows, kVectors, kNextRows, kLines>(
+  product_block<kRows, kVectors, kFetchRows, kLines>(
       t.x + row * t.x_stride + first, t.x_stride, 1,
       t.u + column * t.channels + first * kPanelColumns, kPanelColumns, channels, 1, 0, 0, ahead,
       [&](int r, int j, FloatVec y) RESFAST_INLINE_LAMBDA {
@@ -42,7 +42,7 @@ RESFAST_INLINE void pointwise_block(const PointwiseTile& t, int64_t row, int64_t
       });
 }
 
-template <int kVectors>
+template <int kVectors, bool kFetchRows>
 RESFAST_INLINE void pointwise_panel(const PointwiseTile& t, int64_t column, int64_t first,
                                     int64_t channels, const float* next) {
   const float* const u = t.u + column * t.channels + first * kPanelColumns;
@@ -52,7 +52,7 @@ RESFAST_INLINE void pointwise_panel(const PointwiseTile& t, int64_t column, int6
     const float* const ahead = lines.take(channels, nullptr);
     with_fetching<kLinesAhead>(ahead, [&](auto lines_ahead) RESFAST_INLINE_LAMBDA {
       with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
-        pointwise_block<decltype(count)::value, kVectors, decltype(lines_ahead)::value>(
+        pointwise_block<decltype(count)::value, kVectors, kFetchRows, decltype(lines_ahead)::value>(
             t, row, column, first, channels, ahead);
       });
     });
@@ -73,7 +73,12 @@ inline void pointwise_product(const PointwiseTile& t) {
               : t.u + (first + channels) * kPanelColumns;
       with_vectors(columns < kPanelColumns ? columns / kProductLanes : kProductVectors,
                    [&](auto vectors) {
-                     pointwise_panel<decltype(vectors)::value>(t, column, first, channels, next);
+                     constexpr int kVectors = decltype(vectors)::value;
+                     if (kNextRows || column == 0) {
+                       pointwise_panel<kVectors, true>(t, column, first, channels, next);
+                     } else {
+                       pointwise_panel<kVectors, kNextRows>(t, column, first, channels, next);
+                     }
                    });
     }
   }
