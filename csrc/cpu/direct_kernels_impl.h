@@ -25,7 +25,7 @@ struct Windows {
   bool starts, ends;  // the sums: with this part
 };
 
-template <int kRows, int kVectors, int kLines>
+template <int kRows, int kVectors, bool kFetchRows, int kLines>
 RESFAST_INLINE void direct_block(const DirectTile& t, const DirectLine& line, const Windows& w,
                                  int64_t channels, int64_t column) {
   if (w.starts && t.residual) {  // comes from memory meanwhile
@@ -37,7 +37,7 @@ RESFAST_INLINE void direct_block(const DirectTile& t, const DirectLine& line, co
       }
     }
   }
-  product_block<kRows, kVectors, kNextRows, kLines>(
+  product_block<kRows, kVectors, kFetchRows, kLines>(
       w.x, line.x_stride, 1, w.u, kPanelColumns, channels, w.segments, line.segment_stride,
       t.channels * kPanelColumns, w.ahead, [&](int r, int j, FloatVec y) RESFAST_INLINE_LAMBDA {
         const int64_t at = w.at + r * line.out_stride + j * kProductLanes;
@@ -52,7 +52,7 @@ RESFAST_INLINE void direct_block(const DirectTile& t, const DirectLine& line, co
       });
 }
 
-template <int kVectors>
+template <int kVectors, bool kFetchRows>
 RESFAST_INLINE void direct_panel(const DirectTile& t, int64_t column, const Part& part) {
   const int64_t segment_floats = t.channels * kPanelColumns;
   const float* const panel = t.u + column * t.segments * t.channels;
@@ -86,7 +86,7 @@ RESFAST_INLINE void direct_panel(const DirectTile& t, int64_t column, const Part
       w.ahead = lines.take(w.segments * part.channels, nullptr);
       with_fetching<kLinesAhead>(w.ahead, [&](auto lines_ahead) RESFAST_INLINE_LAMBDA {
         with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
-          direct_block<decltype(count)::value, kVectors, decltype(lines_ahead)::value>(
+          direct_block<decltype(count)::value, kVectors, kFetchRows, decltype(lines_ahead)::value>(
               t, line, w, part.channels, column);
         });
       });
@@ -106,9 +106,15 @@ inline void direct_product(const DirectTile& t) {
       const Part part{first, last, channel, left < channels ? left : channels};
       for (int64_t column = 0; column < t.columns; column += kPanelColumns) {
         const int64_t columns = t.columns - column;
-        with_vectors(
-            columns < kPanelColumns ? columns / kProductLanes : kProductVectors,
-            [&](auto vectors) { direct_panel<decltype(vectors)::value>(t, column, part); });
+        with_vectors(columns < kPanelColumns ? columns / kProductLanes : kProductVectors,
+                     [&](auto vectors) {
+                       constexpr int kVectors = decltype(vectors)::value;
+                       if (kNextRows || column == 0) {
+                         direct_panel<kVectors, true>(t, column, part);
+                       } else {
+                         direct_panel<kVectors, kNextRows>(t, column, part);
+                       }
+                     });
       }
     }
   }
