@@ -16,12 +16,14 @@
 #include "cpu/direct_kernels.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
+#include "cpu/sharing.h"
 #include "cpu/windows.h"
 
 namespace resfast {
 namespace {
 
 constexpr int64_t kBlockPixels = 96;
+constexpr int64_t kPieces = 2;  // of a thread's panels: each gathers windows over the sides anew
 
 const DirectKernels& direct_kernels() {
   return RESFAST_PICK(direct_kernels);
@@ -56,7 +58,7 @@ void direct_weight(const Tensor& weight, const OptionalTensor& scale, const Tens
   const int64_t k_stride = weight.stride(0), c_stride = weight.stride(1);
   const int64_t r_stride = weight.stride(2), s_stride = weight.stride(3);
   const int64_t taps = weight.size(2) * taps_w;
-  torch::stable::parallel_for(0, panels * taps, 1, [&](int64_t begin, int64_t end) {
+  share_out(0, panels * taps, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t panel = task / taps, tap = task % taps, column = panel * columns;
       direct_kernels().pack(
@@ -169,11 +171,12 @@ void direct_conv(const Tensor& x, const Tensor& packed, int64_t kernel_h, int64_
   const int64_t all_rows = in.n * rows, threads = torch::stable::get_num_threads();
   // Threads share out what there is more of, so that less is read by all of them.
   const bool by_panels = k > all_rows * columns && panels >= threads;
-  const int64_t groups = by_panels ? threads : 1, sharing = by_panels ? 1 : threads;
+  const int64_t groups = by_panels ? std::min(panels, kPieces * threads) : 1;
+  const int64_t sharing = by_panels ? 1 : threads;
   const int64_t fitting = std::max<int64_t>(1, kBlockPixels / columns);
   const int64_t rounds = ceil_div(all_rows, fitting * sharing);
   const int64_t blocks = std::min(all_rows, rounds * sharing), count = ceil_div(all_rows, blocks);
-  torch::stable::parallel_for(0, blocks * groups, 1, [&](int64_t begin, int64_t end) {
+  share_out(0, blocks * groups, 1, [&](int64_t begin, int64_t end) {
     float* const gathered = thread_scratch(count * (lines.sides() * width + whole.channels));
     std::vector<DirectLine> found;
     for (int64_t task = begin; task < end; ++task) {

@@ -15,6 +15,7 @@
 #include "checks.h"
 #include "cpu/norm_common.h"
 #include "cpu/norm_kernels.h"
+#include "cpu/sharing.h"
 
 namespace resfast {
 namespace {
@@ -52,7 +53,7 @@ struct Segment {
   // f(row tile, first row, rows, first channel, channels)
   template <class F>
   void for_each_tile(const F& f) const {
-    torch::stable::parallel_for(0, row_tiles * strips, 1, [&](int64_t begin, int64_t end) {
+    share_out(0, row_tiles * strips, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t tile = i / strips;
         const int64_t row = tile * tile_rows;

@@ -13,6 +13,7 @@
 #include "checks.h"
 #include "cpu/norm_common.h"
 #include "cpu/norm_pool_kernels.h"
+#include "cpu/sharing.h"
 
 namespace resfast {
 namespace {
@@ -64,7 +65,7 @@ int64_t lines_per_tile(const Tensor& z, int64_t line_pixels) {
 
 template <class F>
 void for_each_tile(int64_t lines, int64_t per_tile, const F& f) {
-  torch::stable::parallel_for(0, ceil_div(lines, per_tile), 1, [&](int64_t begin, int64_t end) {
+  share_out(0, ceil_div(lines, per_tile), 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       f(tile, tile * per_tile, std::min(lines, (tile + 1) * per_tile));
     }

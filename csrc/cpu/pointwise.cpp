@@ -13,14 +13,19 @@
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/pointwise_kernels.h"
+#include "cpu/sharing.h"
 
 namespace resfast {
 namespace {
 
 constexpr int64_t kBlockRows = 192;
+constexpr int64_t kLeastRows = 48;
+constexpr int64_t kPieces = 4;  // of a thread's part: others take what it has not begun
 constexpr int64_t kLargeWeightBytes = 1024 * 1024;
 constexpr int64_t kManyPixelsBytes = 8 * 1024 * 1024;  // to be read again for each panel
 constexpr int64_t kBlockBytes = 512 * 1024;  // of the pixels of one block, half an L2 cache
+
+constexpr int kGathered = kShared + 1;  // slot of scratch memory
 
 const PointwiseKernels& pointwise_kernels() {
   return RESFAST_PICK(pointwise_kernels);
@@ -78,14 +83,13 @@ struct Matrix {
   void pack(const float* scale, float* u) const {
     const int64_t columns = pointwise_kernels().columns;
     constexpr int64_t kGrain = 64;
-    torch::stable::parallel_for(
-        0, ceil_div(k, columns) * c, kGrain, [&](int64_t begin, int64_t end) {
-          while (begin < end) {  // rows of u, panel by panel
-            const int64_t panel = begin / c, stop = std::min(end, (panel + 1) * c);
-            pack(panel, begin - panel * c, stop - panel * c, scale, u + begin * columns);
-            begin = stop;
-          }
-        });
+    share_out(0, ceil_div(k, columns) * c, kGrain, [&](int64_t begin, int64_t end) {
+      while (begin < end) {  // rows of u, panel by panel
+        const int64_t panel = begin / c, stop = std::min(end, (panel + 1) * c);
+        pack(panel, begin - panel * c, stop - panel * c, scale, u + begin * columns);
+        begin = stop;
+      }
+    });
   }
 };
 
@@ -171,24 +175,36 @@ struct Convolution {
     return gathered;
   }
 
+  const float* read_all() const {
+    if (!pixels.strided()) return pixels.x;
+    const int64_t c = pixels.channels;
+    float* const gathered = thread_scratch<kGathered>(pixels.count * c);
+    share_out(0, pixels.count, 8,
+              [&](int64_t begin, int64_t end) { read(begin, end - begin, gathered + begin * c); });
+    return gathered;
+  }
+
   // With packed weights at whole.u.
   void run() const {
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t rows = pixels.count, c = pixels.channels;
     // Threads share out what there is more of, so that less is read by all of them.
-    const int64_t groups = k > rows && panels >= threads ? threads : 1;
+    const bool by_panels = k > rows && panels >= threads;
+    const int64_t groups = by_panels ? std::min(panels, kPieces * threads) : 1;
     const int64_t fitting =
         std::clamp<int64_t>(kBlockBytes / (c * int64_t{sizeof(float)}), 24, kBlockRows);
-    const int64_t sharing = groups == 1 ? threads : 1;
-    const int64_t rounds = ceil_div(rows, fitting * sharing);
+    const int64_t sharing = by_panels ? 1 : threads;
+    const int64_t least = by_panels ? 1 : std::min(kPieces, ceil_div(rows, kLeastRows * threads));
+    const int64_t rounds = std::max(least, ceil_div(rows, fitting * sharing));
     const int64_t count = ceil_div(rows, rounds * sharing), blocks = ceil_div(rows, count);
-    torch::stable::parallel_for(0, blocks * groups, 1, [&](int64_t begin, int64_t end) {
-      float* const gathered = pixels.strided() ? thread_scratch(count * c) : nullptr;
+    const float* const x = by_panels ? read_all() : nullptr;  // else gathered a block at a time
+    share_out(0, blocks * groups, 1, [&](int64_t begin, int64_t end) {
+      float* const gathered = !x && pixels.strided() ? thread_scratch(count * c) : nullptr;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task % blocks * count, group = task / blocks;
         PointwiseTile t = tile(first, std::min(count, rows - first), panels * group / groups,
                                panels * (group + 1) / groups);
-        t.x = read(first, t.rows, gathered);
+        t.x = x ? x + first * c : read(first, t.rows, gathered);
         kernels.product(t);
       }
     });
@@ -208,15 +224,8 @@ struct Convolution {
       run();
       return;
     }
-    const float* x = pixels.x;
-    if (pixels.strided()) {
-      float* const gathered = thread_scratch<kShared>(rows * c);
-      torch::stable::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
-        read(begin, end - begin, gathered + begin * c);
-      });
-      x = gathered;
-    }
-    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    const float* const x = read_all();
+    share_out(0, panels, 1, [&](int64_t begin, int64_t end) {
       float* const packed = thread_scratch(panel_floats);
       for (int64_t panel = begin; panel < end; ++panel) {
         matrix.pack(panel, 0, c, nullptr, packed);

@@ -15,6 +15,7 @@
 #include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
+#include "cpu/sharing.h"
 #include "cpu/winograd_kernels.h"
 
 namespace resfast {
@@ -28,6 +29,7 @@ constexpr int64_t kMostPanelBlocks = 2;               // each makes the filters 
 constexpr int64_t kPrivateWeightBytes = 1024 * 1024;  // each thread reads them all
 constexpr int64_t kPanelWeightBytes = 4 * 1024 * 1024;
 constexpr int64_t kLeastTiles = 12;
+constexpr int64_t kTileGrain = 4;
 constexpr int kOutside = kShared + 1;  // slot of scratch memory
 constexpr int64_t kPointPadding = 16;  // floats: keeps the points out of one cache set
 
@@ -91,15 +93,14 @@ struct Filter {
   void to_points(int64_t tile, float* u, int64_t point_stride) const {
     const int64_t columns = winograd_kernels().columns;
     constexpr int64_t kChannelGrain = 16;
-    torch::stable::parallel_for(
-        0, ceil_div(k, columns) * c, kChannelGrain, [&](int64_t begin, int64_t end) {
-          while (begin < end) {  // rows of u, panel by panel
-            const int64_t panel = begin / c, stop = std::min(end, (panel + 1) * c);
-            to_points(panel, begin - panel * c, stop - panel * c, tile, u + begin * columns,
-                      point_stride);
-            begin = stop;
-          }
-        });
+    share_out(0, ceil_div(k, columns) * c, kChannelGrain, [&](int64_t begin, int64_t end) {
+      while (begin < end) {  // rows of u, panel by panel
+        const int64_t panel = begin / c, stop = std::min(end, (panel + 1) * c);
+        to_points(panel, begin - panel * c, stop - panel * c, tile, u + begin * columns,
+                  point_stride);
+        begin = stop;
+      }
+    });
   }
 };
 
@@ -240,7 +241,7 @@ struct Convolution {
     // as many blocks for each thread, all of about one size
     const int64_t rounds = ceil_div(tiles, fitting * threads);
     const int64_t count = std::max(kLeastTiles, ceil_div(tiles, rounds * threads));
-    torch::stable::parallel_for(0, ceil_div(tiles, count), 1, [&](int64_t begin, int64_t end) {
+    share_out(0, ceil_div(tiles, count), 1, [&](int64_t begin, int64_t end) {
       float* v = thread_scratch(block_floats(count));
       for (int64_t block = begin; block < end; ++block) {
         const int64_t first = block * count, last = std::min(tiles, first + count);
@@ -260,14 +261,12 @@ struct Convolution {
     for (int64_t first = 0; first < tiles; first += count) {
       const int64_t size = std::min(count, tiles - first);
       float* m = v + points * (size * c + kPointPadding);
-      torch::stable::parallel_for(first, first + size, 1, [&](int64_t begin, int64_t end) {
-        to_points(begin, end, v, first, size);
-      });
-      torch::stable::parallel_for(
-          0, products(), 1, [&](int64_t begin, int64_t end) { multiply(begin, end, v, m, size); });
-      torch::stable::parallel_for(first, first + size, 1, [&](int64_t begin, int64_t end) {
-        from_points(begin, end, m, first, size);
-      });
+      share_out(first, first + size, kTileGrain,
+                [&](int64_t begin, int64_t end) { to_points(begin, end, v, first, size); });
+      share_out(0, products(), 1,
+                [&](int64_t begin, int64_t end) { multiply(begin, end, v, m, size); });
+      share_out(first, first + size, kTileGrain,
+                [&](int64_t begin, int64_t end) { from_points(begin, end, m, first, size); });
     }
   }
 
@@ -282,7 +281,7 @@ struct Convolution {
     float* const v = thread_scratch<kShared>(parts * part_stride);
     for (int64_t first = 0; first < tiles; first += count) {
       const int64_t size = std::min(count, tiles - first);
-      torch::stable::parallel_for(first, first + size, 1, [&](int64_t begin, int64_t end) {
+      share_out(first, first + size, kTileGrain, [&](int64_t begin, int64_t end) {
         WinogradInput t = input;
         t.begin = begin;
         t.end = end;
@@ -292,7 +291,7 @@ struct Convolution {
         t.v = v + (begin - first) * channels;
         kernels.input[tile / 4](t);
       });
-      torch::stable::parallel_for(0, panels(), 1, [&](int64_t begin, int64_t end) {
+      share_out(0, panels(), 1, [&](int64_t begin, int64_t end) {
         float* const filters = thread_scratch(points * (filter_stride + product_stride));
         float* const m = filters + points * filter_stride;
         for (int64_t panel = begin; panel < end; ++panel) {
@@ -455,7 +454,7 @@ struct WeightGradient {
   }
 
   void to_points(const Block& v, const Block& d) const {
-    torch::stable::parallel_for(v.first, v.first + v.size, 1, [&](int64_t begin, int64_t end) {
+    share_out(v.first, v.first + v.size, kTileGrain, [&](int64_t begin, int64_t end) {
       const auto transform = [&](const WinogradInput& whole, const Block& b, auto kernel) {
         WinogradInput t = whole;
         t.begin = begin;
@@ -524,7 +523,7 @@ struct WeightGradient {
     const Block d{0, tiles, memory + block_floats(tiles, c, kChannelsInTask), columns};
     to_points(v, d);
     const int64_t point_stride = kChannelsInTask * columns + kPointPadding;
-    torch::stable::parallel_for(0, panels() * tasks(), 1, [&](int64_t begin, int64_t end) {
+    share_out(0, panels() * tasks(), 1, [&](int64_t begin, int64_t end) {
       float* const sums = thread_scratch(points * point_stride);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t panel = i / tasks(), task = i % tasks(), channel = task * kChannelsInTask;
@@ -550,7 +549,7 @@ struct WeightGradient {
       const Block v{first, size, memory, c};
       const Block d{first, size, memory + block_floats(count, c, c), k};
       to_points(v, d);
-      torch::stable::parallel_for(0, points * tasks(), 1, [&](int64_t begin, int64_t end) {
+      share_out(0, points * tasks(), 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t point = i / tasks(), channel = i % tasks() * kChannelsInTask;
           float* const rows = sums + point * sum_stride + channel * k;
@@ -561,15 +560,14 @@ struct WeightGradient {
         }
       });
     }
-    torch::stable::parallel_for(
-        0, ceil_div(c, kChannelsInLine), 1, [&](int64_t begin, int64_t end) {
-          const int64_t channel = begin * kChannelsInLine;
-          const int64_t channels = std::min(c, end * kChannelsInLine) - channel;
-          for (int64_t panel = 0; panel < panels(); ++panel) {
-            from_points(channel, channels, panel, sums + channel * k + panel * kernels.columns, k,
-                        sum_stride);
-          }
-        });
+    share_out(0, ceil_div(c, kChannelsInLine), 1, [&](int64_t begin, int64_t end) {
+      const int64_t channel = begin * kChannelsInLine;
+      const int64_t channels = std::min(c, end * kChannelsInLine) - channel;
+      for (int64_t panel = 0; panel < panels(); ++panel) {
+        from_points(channel, channels, panel, sums + channel * k + panel * kernels.columns, k,
+                    sum_stride);
+      }
+    });
   }
 };
 
