@@ -41,8 +41,9 @@ constexpr int kLastSteps = 0;  // not measured
 constexpr int kLastSteps = 3;
 #endif
 
-// Whether the next rows are fetched meanwhile. Lines of 12 rows, whose distance is often a multiple
-// of 4 KB, do not fit into one set of a cache of 8 ways, as processors without AVX-512 have.
+// Whether the next rows are fetched meanwhile, not for the first panel of columns alone, for which
+// they come from memory. Lines of 12 rows, whose distance is often a multiple of 4 KB, do not fit
+// into one set of a cache of 8 ways, as many processors without AVX-512 have.
 #if defined(__AVX512F__)
 constexpr bool kNextRows = true;
 #else

@@ -45,7 +45,9 @@ def title(work: dict[str, Any]) -> str:
 
 def conditions(record: Record) -> str:
     device, versions = record["device"], record["versions"]
-    where = device["name"] + (f", {device['threads']} threads" if "threads" in device else "")
+    where = device["name"]
+    if "threads" in device:
+        where += f" with {device['capability']}, {device['threads']} threads"
     packages = ", ".join(
         f"{name} {versions[name]}"
         for name in ("torch", "onnxruntime", "openvino", "triton")
