@@ -27,8 +27,9 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 # factor on stock's error in 16 bits; the other constants are accuracy.py's
 HALF_FACTOR = 1.1
 # A weight gradient's errors share those of its activations, so that a pool's n is smaller than it
-# looks: never fewer than 8 inputs.
+# looks: never fewer than 8 inputs, and in 16 bits, through a chain of blocks, all there are.
 POOL_INPUTS = 8
+HALF_SEEDS = 64
 
 
 # ---- stock PyTorch behind the signatures of resfast.ops
@@ -670,7 +671,8 @@ def judge_seeds(
     runs = [compare(case, dtype, layouts[i % len(layouts)], i, device, ours) for i in range(seeds)]
     verdicts = []
     for quantity, first in runs[0].items():
-        per_pool = min(seeds, max(POOL_INPUTS, -(-POOL_VALUES // first.values)))
+        least = seeds if dtype in HALF_DTYPES else POOL_INPUTS
+        per_pool = min(seeds, max(least, -(-POOL_VALUES // first.values)))
         pools = [
             [r[quantity] for r in runs[i : i + per_pool]]
             for i in range(0, seeds - per_pool + 1, per_pool)

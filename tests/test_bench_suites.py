@@ -56,7 +56,9 @@ def test_comparison_with_the_baseline_fails_on_a_worse_ratio(tmp_path, factor, s
 
 
 @pytest.mark.parametrize(
-    "folder", sorted({p.parent for p in RESULTS.parent.glob("*/resnet*.json")}), ids=lambda p: p.name
+    "folder",
+    sorted({p.parent for p in RESULTS.parent.glob("*/resnet*.json")}),
+    ids=lambda p: p.name,
 )
 def test_the_figures_in_the_readme_are_those_of_the_committed_records(folder):
     text = (ROOT / "README.md").read_text()

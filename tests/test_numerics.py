@@ -13,7 +13,7 @@ from resfast.backends.eager import EagerBackend
 from resfast.diagnostics import numerics
 from resfast.diagnostics.environment import device_info
 from resfast.ops import ConvParams, NormParams, bn_act, conv_bn_act
-from resfast.testing import HALF_DTYPES, Verdict, judge, judge_seeds, op_cases
+from resfast.testing import HALF_DTYPES, HALF_SEEDS, Verdict, judge, judge_seeds, op_cases
 
 CASES = [case for training in (True, False) for case in op_cases(training)]
 BACKENDS = ["cpu", "eager"]
@@ -41,7 +41,7 @@ def test_error_full_precision(case, dtype, backend):
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_half_precision(case, dtype):
-    _assert_ok(judge_seeds(case, dtype, seeds=32))
+    _assert_ok(judge_seeds(case, dtype, seeds=HALF_SEEDS))
 
 
 @pytest.mark.cuda
@@ -49,7 +49,9 @@ def test_error_half_precision(case, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_on_a_gpu(case, dtype):
-    _assert_ok(judge_seeds(case, dtype, seeds=32 if dtype in HALF_DTYPES else 8, device="cuda"))
+    _assert_ok(
+        judge_seeds(case, dtype, seeds=HALF_SEEDS if dtype in HALF_DTYPES else 8, device="cuda")
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -57,7 +59,7 @@ def test_error_of_each_instruction_set(isa, dtype):
     wanted = ("bn_add_relu", "bn_relu_max_pool", "bottleneck_projection")
     for case in op_cases(training=True):
         if case.name in wanted:
-            _assert_ok(judge_seeds(case, dtype, seeds=32 if dtype in HALF_DTYPES else 8))
+            _assert_ok(judge_seeds(case, dtype, seeds=HALF_SEEDS if dtype in HALF_DTYPES else 8))
 
 
 def test_check_judges_on_the_device_it_is_given(monkeypatch, tmp_path):

@@ -325,7 +325,7 @@ def test_two_ranks_give_the_curve_of_one_process(whole, tmp_path, monkeypatch):
         ("default", nullcontext(), create_for),
         ("eager", resfast.backend("eager"), create_for),
         # at a kink, runs part into a few branches: enough of them to meet each
-        *((f"nudged {seed}", nullcontext(), nudged(seed)) for seed in range(1, 7)),
+        *((f"nudged {seed}", nullcontext(), nudged(seed)) for seed in range(1, 17)),
     ):
         monkeypatch.setattr(run, "create_for", create)
         out = tmp_path / name

@@ -11,7 +11,7 @@ import torch
 
 from resfast.backends import available, backend
 from resfast.diagnostics.environment import device_info, now, versions
-from resfast.testing import HALF_DTYPES, LAYOUTS, OpCase, Verdict, judge_seeds, op_cases
+from resfast.testing import HALF_DTYPES, HALF_SEEDS, LAYOUTS, OpCase, Verdict, judge_seeds, op_cases
 
 DTYPES = {
     "float32": torch.float32,
@@ -65,7 +65,7 @@ def run(
             if not ok:
                 yield Declined(name, dtype, reason)
                 continue
-            seeds = 32 if DTYPES[dtype] in HALF_DTYPES and not quick else 8
+            seeds = HALF_SEEDS if DTYPES[dtype] in HALF_DTYPES and not quick else 8
             for training in (True,) if quick else (True, False):
                 for case in op_cases(training):
                     for layout in LAYOUTS:
