@@ -27,9 +27,10 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 # factor on stock's error in 16 bits; the other constants are accuracy.py's
 HALF_FACTOR = 1.1
 # A weight gradient's errors share those of its activations, so that a pool's n is smaller than it
-# looks: never fewer than 8 inputs, and in 16 bits, through a chain of blocks, all there are.
+# looks: never fewer than 8 inputs, in 16 bits, whose roundings outlast a chain of blocks, 32.
 POOL_INPUTS = 8
-HALF_SEEDS = 64
+HALF_POOL_INPUTS = 32
+HALF_SEEDS = 64  # two such pools, or one of a quantity with 32 values
 
 
 # ---- stock PyTorch behind the signatures of resfast.ops
@@ -671,7 +672,7 @@ def judge_seeds(
     runs = [compare(case, dtype, layouts[i % len(layouts)], i, device, ours) for i in range(seeds)]
     verdicts = []
     for quantity, first in runs[0].items():
-        least = seeds if dtype in HALF_DTYPES else POOL_INPUTS
+        least = HALF_POOL_INPUTS if dtype in HALF_DTYPES else POOL_INPUTS
         per_pool = min(seeds, max(least, -(-POOL_VALUES // first.values)))
         pools = [
             [r[quantity] for r in runs[i : i + per_pool]]
