@@ -72,6 +72,18 @@ void for_each_tile(int64_t lines, int64_t per_tile, const F& f) {
   });
 }
 
+// The kernel on all lines, which t leaves open.
+template <class T>
+void run_lines(int64_t lines, int64_t per_tile, Storage storage, const T& t,
+               void (*kernel)(Storage, const T&)) {
+  for_each_tile(lines, per_tile, [&](int64_t, int64_t begin, int64_t end) {
+    T tile = t;
+    tile.begin = begin;
+    tile.end = end;
+    kernel(storage, tile);
+  });
+}
+
 const void* data(const OptionalTensor& t) {
   return t ? t->const_data_ptr() : nullptr;
 }
@@ -87,7 +99,6 @@ void norm_apply_max_pool(const Tensor& z, const Tensor& mean, const Tensor& scal
   check_memory({{"out", out, Access::whole}, {"index", index, Access::whole}},
                {{"z", z}, {"mean", mean}, {"scale", scale}, {"beta", beta}});
 
-  const NormPoolKernels& kernels = pool_kernels();
   PoolApplyTile t{};
   t.shape = p;
   t.z = z.const_data_ptr();
@@ -96,13 +107,8 @@ void norm_apply_max_pool(const Tensor& z, const Tensor& mean, const Tensor& scal
   t.beta = beta.const_data_ptr();
   t.out = out.mutable_data_ptr();
   t.index = index ? static_cast<uint8_t*>(index->mutable_data_ptr()) : nullptr;
-  for_each_tile(z.size(0) * p.out_height, lines_per_tile(z, p.width * stride),
-                [&](int64_t, int64_t begin, int64_t end) {
-                  PoolApplyTile tile = t;
-                  tile.begin = begin;
-                  tile.end = end;
-                  kernels.apply(storage_of(z), tile);
-                });
+  run_lines(z.size(0) * p.out_height, lines_per_tile(z, p.width * stride), storage_of(z), t,
+            pool_kernels().apply);
 }
 
 // out = max_pool2d(z): NaN where a window holds one.
@@ -112,18 +118,12 @@ void max_pool(const Tensor& z, int64_t kernel, int64_t stride, int64_t padding, 
   check_pooled(out, "out", z.scalar_type(), z, p);
   check_memory({{"out", out, Access::whole}}, {{"z", z}});
 
-  const NormPoolKernels& kernels = pool_kernels();
   MaxPoolTile t{};
   t.shape = p;
   t.z = z.const_data_ptr();
   t.out = out.mutable_data_ptr();
-  for_each_tile(z.size(0) * p.out_height, lines_per_tile(z, p.width * stride),
-                [&](int64_t, int64_t begin, int64_t end) {
-                  MaxPoolTile tile = t;
-                  tile.begin = begin;
-                  tile.end = end;
-                  kernels.max(storage_of(z), tile);
-                });
+  run_lines(z.size(0) * p.out_height, lines_per_tile(z, p.width * stride), storage_of(z), t,
+            pool_kernels().max);
 }
 
 void norm_max_pool_backward_reduce(const Tensor& dy, const Tensor& z, const Tensor& mean,
@@ -216,7 +216,6 @@ void norm_max_pool_backward_apply(const Tensor& dy, const Tensor& z, const Tenso
                               {"coef_z", coef_z, Access::whole},
                               {"coef_1", coef_1, Access::whole}});
 
-  const NormPoolKernels& kernels = pool_kernels();
   PoolBackwardApplyTile t{};
   t.shape = p;
   t.dy = dy.const_data_ptr();
@@ -228,13 +227,8 @@ void norm_max_pool_backward_apply(const Tensor& dy, const Tensor& z, const Tenso
   t.coef_z = data(coef_z);
   t.coef_1 = data(coef_1);
   t.dz = dz.mutable_data_ptr();
-  for_each_tile(z.size(0) * p.height, lines_per_tile(z, p.width),
-                [&](int64_t, int64_t begin, int64_t end) {
-                  PoolBackwardApplyTile tile = t;
-                  tile.begin = begin;
-                  tile.end = end;
-                  kernels.backward_apply(storage_of(z), tile);
-                });
+  run_lines(z.size(0) * p.height, lines_per_tile(z, p.width), storage_of(z), t,
+            pool_kernels().backward_apply);
 }
 
 }  // namespace

@@ -43,6 +43,32 @@ RESFAST_INLINE void for_each_channel(int64_t channels, const Body& body) {
   if (whole < channels) body(whole, Partial{static_cast<int>(channels - whole)});
 }
 
+// The window of one output pixel.
+template <class S>
+struct Window {
+  Range rows, columns;  // taps inside the input
+  const S* corner;      // tap (0, 0), which may lie outside
+  int64_t out;          // offset of the output
+};
+
+// body(window) for the outputs of lines [begin, end)
+template <class S, class Body>
+RESFAST_INLINE void for_each_window(const PoolShape& p, int64_t begin, int64_t end, const void* z,
+                                    const Body& body) {
+  for (int64_t line = begin; line < end; ++line) {
+    const int64_t row = line % p.out_height;
+    const S* sample =
+        static_cast<const S*>(z) + line / p.out_height * p.height * p.width * p.channels;
+    const S* corner = sample + (row * p.stride - p.padding) * p.width * p.channels;
+    const Range rows = taps(row, p.height, p);
+    for (int64_t column = 0; column < p.out_width; ++column) {
+      body(Window<S>{rows, taps(column, p.width, p),
+                     corner + (column * p.stride - p.padding) * p.channels,
+                     (line * p.out_width + column) * p.channels});
+    }
+  }
+}
+
 template <class S, bool HAS_INDEX>
 void pool_apply(const PoolApplyTile& t) {
   using A = acc_t<S>;
@@ -51,86 +77,67 @@ void pool_apply(const PoolApplyTile& t) {
   const A* mean = static_cast<const A*>(t.mean);
   const A* scale = static_cast<const A*>(t.scale);
   const A* beta = static_cast<const A*>(t.beta);
-  for (int64_t line = t.begin; line < t.end; ++line) {
-    const int64_t row = line % p.out_height;
-    const S* sample =
-        static_cast<const S*>(t.z) + line / p.out_height * p.height * p.width * p.channels;
-    const Range rs = taps(row, p.height, p);
-    for (int64_t column = 0; column < p.out_width; ++column) {
-      const Range ss = taps(column, p.width, p);
-      const int64_t first_row = row * p.stride - p.padding;
-      const int64_t first_column = column * p.stride - p.padding;
-      const int64_t at = (line * p.out_width + column) * p.channels;
-      for_each_channel<S>(p.channels, [&](int64_t c, auto lanes) RESFAST_INLINE_LAMBDA {
-        const V m = load(mean + c, lanes);
-        const V s = load(scale + c, lanes);
-        const V b = load(beta + c, lanes);
-        V best{};  // of the ReLU's outputs: nothing is below 0
-        IndexVec<S> index = every_lane<S>(rs.begin * p.kernel + ss.begin);
-        for (int64_t tap_r = rs.begin; tap_r < rs.end; ++tap_r) {
-          const S* z = sample + ((first_row + tap_r) * p.width + first_column) * p.channels + c;
-          for (int64_t tap_s = ss.begin; tap_s < ss.end; ++tap_s) {
-            const V u = affine(load(z + tap_s * p.channels, lanes), m, s, b);
-            // The first maximum; NaN beats all.
-            const IndexVec<S> take = (u > best) | (u != u);
-            best = take ? u : best;
-            if constexpr (HAS_INDEX) {
-              index = take ? every_lane<S>(tap_r * p.kernel + tap_s) : index;
-            }
+  for_each_window<S>(p, t.begin, t.end, t.z, [&](const Window<S>& w) RESFAST_INLINE_LAMBDA {
+    for_each_channel<S>(p.channels, [&](int64_t c, auto lanes) RESFAST_INLINE_LAMBDA {
+      const V m = load(mean + c, lanes);
+      const V s = load(scale + c, lanes);
+      const V b = load(beta + c, lanes);
+      V best{};  // of the ReLU's outputs: nothing is below 0
+      IndexVec<S> index = every_lane<S>(w.rows.begin * p.kernel + w.columns.begin);
+      for (int64_t tap_r = w.rows.begin; tap_r < w.rows.end; ++tap_r) {
+        const S* z = w.corner + tap_r * p.width * p.channels + c;
+        for (int64_t tap_s = w.columns.begin; tap_s < w.columns.end; ++tap_s) {
+          const V u = affine(load(z + tap_s * p.channels, lanes), m, s, b);
+          // The first maximum; NaN beats all.
+          const IndexVec<S> take = (u > best) | (u != u);
+          best = take ? u : best;
+          if constexpr (HAS_INDEX) {
+            index = take ? every_lane<S>(tap_r * p.kernel + tap_s) : index;
           }
         }
-        store(static_cast<S*>(t.out) + at + c, best, lanes);
-        if constexpr (HAS_INDEX) store_index<S>(t.index + at + c, index, lanes);
-      });
-    }
-  }
+      }
+      store(static_cast<S*>(t.out) + w.out + c, best, lanes);
+      if constexpr (HAS_INDEX) store_index<S>(t.index + w.out + c, index, lanes);
+    });
+  });
 }
 
 template <class S>
 void max_pool(const MaxPoolTile& t) {
   using V = Vec<S>;
   const PoolShape& p = t.shape;
-  for (int64_t line = t.begin; line < t.end; ++line) {
-    const int64_t row = line % p.out_height;
-    const S* sample =
-        static_cast<const S*>(t.z) + line / p.out_height * p.height * p.width * p.channels;
-    const Range rs = taps(row, p.height, p);
-    for (int64_t column = 0; column < p.out_width; ++column) {
-      const Range ss = taps(column, p.width, p);
-      const int64_t first_row = row * p.stride - p.padding;
-      const int64_t first_column = column * p.stride - p.padding;
-      const S* tap[kMaxPoolKernel * kMaxPoolKernel];
-      int count = 0;
-      for (int64_t r = rs.begin; r < rs.end; ++r) {
-        for (int64_t s = ss.begin; s < ss.end; ++s) {
-          tap[count++] = sample + ((first_row + r) * p.width + first_column + s) * p.channels;
-          __asm__ volatile("");  // a handful of turns: vectorised, they cost more than the rest
-        }
+  for_each_window<S>(p, t.begin, t.end, t.z, [&](const Window<S>& w) RESFAST_INLINE_LAMBDA {
+    const S* tap[kMaxPoolKernel * kMaxPoolKernel];
+    int count = 0;
+    for (int64_t r = w.rows.begin; r < w.rows.end; ++r) {
+      for (int64_t s = w.columns.begin; s < w.columns.end; ++s) {
+        tap[count++] = w.corner + (r * p.width + s) * p.channels;
+        __asm__ volatile("");  // a handful of turns: vectorised, they cost more than the rest
       }
-      S* const out = static_cast<S*>(t.out) + (line * p.out_width + column) * p.channels;
-      // kCount: a number of taps to unroll for, or 0
-      const auto window = [&](auto n) RESFAST_INLINE_LAMBDA {
-        constexpr int kCount = decltype(n)::value;
-        for_each_channel<S>(p.channels, [&](int64_t c, auto lanes) RESFAST_INLINE_LAMBDA {
-          V best = load(tap[0] + c, lanes);
-          IndexVec<S> nan{};  // of the others: where best is NaN, it stays
-          const auto take = [&](const S* z) RESFAST_INLINE_LAMBDA {
-            const V u = load(z + c, lanes);
-            nan |= u != u;
-            best = maximum(u, best);  // of two zeros the first
-          };
-          if constexpr (kCount > 0) {
-#pragma GCC unroll 16
-            for (int i = 1; i < kCount; ++i) take(tap[i]);
-          } else {
-            for (int i = 1; i < count; ++i) take(tap[i]);
-          }
-          store(out + c, nan ? V{} + static_cast<acc_t<S>>(__builtin_nanf("")) : best, lanes);
-        });
-      };
-      count == 9 ? window(Int<9>{}) : window(Int<0>{});  // 9: 3×3 within the image
     }
-  }
+    S* const out = static_cast<S*>(t.out) + w.out;
+    // kCount: a number of taps to unroll for, or 0
+    const auto window = [&](auto n) RESFAST_INLINE_LAMBDA {
+      constexpr int kCount = decltype(n)::value;
+      for_each_channel<S>(p.channels, [&](int64_t c, auto lanes) RESFAST_INLINE_LAMBDA {
+        V best = load(tap[0] + c, lanes);
+        IndexVec<S> nan{};  // of the others: where best is NaN, it stays
+        const auto take = [&](const S* z) RESFAST_INLINE_LAMBDA {
+          const V u = load(z + c, lanes);
+          nan |= u != u;
+          best = maximum(u, best);  // of two zeros the first
+        };
+        if constexpr (kCount > 0) {
+#pragma GCC unroll 16
+          for (int i = 1; i < kCount; ++i) take(tap[i]);
+        } else {
+          for (int i = 1; i < count; ++i) take(tap[i]);
+        }
+        store(out + c, nan ? V{} + static_cast<acc_t<S>>(__builtin_nanf("")) : best, lanes);
+      });
+    };
+    count == 9 ? window(Int<9>{}) : window(Int<0>{});  // 9: 3×3 within the image
+  });
 }
 
 // Sums over windows, not over input pixels: each window's dy belongs to one pixel.
@@ -145,36 +152,26 @@ void pool_backward_reduce(const PoolBackwardReduceTile& t) {
   A* sum = static_cast<A*>(t.sum);
   A* product = static_cast<A*>(t.product);
   for (int64_t c = 0; c < p.channels; ++c) sum[c] = product[c] = 0;
-  for (int64_t line = t.begin; line < t.end; ++line) {
-    const int64_t row = line % p.out_height;
-    const S* sample =
-        static_cast<const S*>(t.z) + line / p.out_height * p.height * p.width * p.channels;
-    const Range rs = taps(row, p.height, p);
-    for (int64_t column = 0; column < p.out_width; ++column) {
-      const Range ss = taps(column, p.width, p);
-      const int64_t first_row = row * p.stride - p.padding;
-      const int64_t first_column = column * p.stride - p.padding;
-      const int64_t at = (line * p.out_width + column) * p.channels;
-      for_each_channel<S>(p.channels, [&](int64_t c, auto lanes) RESFAST_INLINE_LAMBDA {
-        const V m = load(mean + c, lanes);
-        const V s = load(scale + c, lanes);
-        const V b = load(beta + c, lanes);
-        const IndexVec<S> index = load_index<S>(t.index + at + c, lanes);
-        V picked = m;
-        for (int64_t tap_r = rs.begin; tap_r < rs.end; ++tap_r) {
-          const S* z = sample + ((first_row + tap_r) * p.width + first_column) * p.channels + c;
-          for (int64_t tap_s = ss.begin; tap_s < ss.end; ++tap_s) {
-            const V zi = load(z + tap_s * p.channels, lanes);
-            picked = index == every_lane<S>(tap_r * p.kernel + tap_s) ? zi : picked;
-          }
+  for_each_window<S>(p, t.begin, t.end, t.z, [&](const Window<S>& w) RESFAST_INLINE_LAMBDA {
+    for_each_channel<S>(p.channels, [&](int64_t c, auto lanes) RESFAST_INLINE_LAMBDA {
+      const V m = load(mean + c, lanes);
+      const V s = load(scale + c, lanes);
+      const V b = load(beta + c, lanes);
+      const IndexVec<S> index = load_index<S>(t.index + w.out + c, lanes);
+      V picked = m;
+      for (int64_t tap_r = w.rows.begin; tap_r < w.rows.end; ++tap_r) {
+        const S* z = w.corner + tap_r * p.width * p.channels + c;
+        for (int64_t tap_s = w.columns.begin; tap_s < w.columns.end; ++tap_s) {
+          const V zi = load(z + tap_s * p.channels, lanes);
+          picked = index == every_lane<S>(tap_r * p.kernel + tap_s) ? zi : picked;
         }
-        const V dy = load(static_cast<const S*>(t.dy) + at + c, lanes);
-        const V du = relu_backward(dy, affine(picked, m, s, b));
-        store(sum + c, load(sum + c, lanes) + du, lanes);
-        store(product + c, load(product + c, lanes) + du * (picked - m), lanes);
-      });
-    }
-  }
+      }
+      const V dy = load(static_cast<const S*>(t.dy) + w.out + c, lanes);
+      const V du = relu_backward(dy, affine(picked, m, s, b));
+      store(sum + c, load(sum + c, lanes) + du, lanes);
+      store(product + c, load(product + c, lanes) + du * (picked - m), lanes);
+    });
+  });
 }
 
 // A window that holds an input pixel: the offset of its outputs, and which tap the pixel is.
