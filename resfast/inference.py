@@ -434,7 +434,7 @@ def _prepare_pooled(
 def _prepare_pool(graph: fx.GraphModule, pool: fx.Node) -> None:
     """Replace a max-pool by the native one."""
     x, window = _like(pool.args[0]), _window(pool)
-    if x is None or x.dim() != 4 or not x.is_floating_point() or window is None:
+    if x is None or x.dim() != 4 or window is None:
         return
     if find("conv_fprop", x)[0].name != "cpu":
         return
