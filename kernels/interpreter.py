@@ -3,13 +3,14 @@
 Triton 3.6 under TRITON_INTERPRET=1 truncates float32 to bfloat16, where every GPU rounds to
 nearest even, multiplies the bit patterns of bfloat16 matrices as integers, adds up rows one after
 the other, where a GPU's threads and lanes add in a tree, and counts loops by arrays of one element,
-which NumPy 2.4 no longer takes for numbers. Functions called by kernels are sped up several times
-besides.
+which NumPy 2.4 no longer takes for numbers. It is sped up several times besides: most of its time
+goes to bookkeeping that nobody reads.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,61 @@ def _tree_sum(self: Any, values: Any) -> Any:
         data = data[:half] + data[half:]
     data = np.moveaxis(data, 0, self.axis) if self.keep_dims else data[0]
     return self.to_tensor(data, values.dtype)
+
+
+def _speed_up() -> None:
+    """No types of tuples and names of blocks before someone asks, and no check of each sum of
+    integers for overflow, which costs three more; shapes for which it could matter are too large
+    to interpret.
+    """
+    core = tl.core
+
+    def lazy(owner: Any, name: str, compute: Any) -> None:
+        attribute = functools.cached_property(compute)
+        attribute.__set_name__(owner, name)
+        setattr(owner, name, attribute)
+
+    def tuple_init(self: Any, args: Any, type: Any = None) -> None:
+        self.values = list(args)
+        if type is not None:
+            self.type = type if isinstance(type, core.tuple_type) else core.tuple_type(type)
+
+    def block_init(self: Any, element_ty: Any, shape: Any) -> None:
+        self.element_ty = element_ty
+        self.shape = core.tuple(core._unwrap_shape(shape))
+        if not self.shape:
+            raise TypeError("0d block_type is forbidden")
+        self.numel = core.validate_block_shape(self.shape)
+
+    def tensor_init(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+
+    def tensor_shape(self: Any) -> Any:
+        return core.tuple([core.constexpr(s) for s in self.type.get_block_shapes()])
+
+    lazy(
+        core.tensor,
+        "shape",
+        lambda self: tensor_shape(self) if self.type.is_block() else core.tuple([]),
+    )
+    lazy(core.tensor, "numel", lambda self: core.constexpr(math.prod(s.value for s in self.shape)))
+    core.tensor.__init__ = tensor_init
+    lazy(core.tuple, "type", lambda self: core._type_for_tuple_values(self.values))
+    lazy(core.block_type, "name", lambda self: f"<{self.shape}, {self.element_ty}>")
+    core.tuple.__init__ = tuple_init
+    core.block_type.__init__ = block_init
+
+    of_numbers = functools.cache(interpreter._get_np_dtype)  # which builds its table at each call
+
+    def np_dtype(dtype: Any) -> Any:
+        element = dtype.element_ty if isinstance(dtype, core.block_type) else dtype
+        pointer = isinstance(element, core.pointer_type)  # which has no hash
+        return np.dtype(np.uint64) if pointer else of_numbers(element)
+
+    interpreter._get_np_dtype = np_dtype
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
+        sanitize_overflow=False
+    )
 
 
 def correct() -> None:
@@ -72,6 +128,7 @@ def correct() -> None:
     for name in ("create_fp_ext", "create_fp_trunc"):
         through(name)
     builder.corrected_by_resfast = True
+    _speed_up()
 
     patch = interpreter._patch_lang_tensor
 
