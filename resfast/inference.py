@@ -44,6 +44,8 @@ MAX_POOLED_PIXELS = 64
 Plan = Callable[[Tensor], Any]
 _Run = TypeVar("_Run", bound=Callable[..., Tensor])
 _CONVOLUTION = torch.ops.resfast.conv_bn_act_inference.default
+# One plan is made at a time, of whatever model, since tracing has global state.
+_planning = threading.RLock()
 
 
 class OptimizedModel(nn.Module):
@@ -70,10 +72,9 @@ class OptimizedModel(nn.Module):
 
     def _forget_plans(self) -> None:
         self.plans: dict[tuple, Plan] = {}
-        self._planning = threading.Lock()  # tracing has global state
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("plans", "_planning")}
+        return {k: v for k, v in self.__dict__.items() if k != "plans"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -113,7 +114,7 @@ class OptimizedModel(nn.Module):
         key = (x.shape, x.stride(), x.dtype, x.device, _autocast_dtype(x.device.type))
         plan = self.plans.get(key)
         if plan is None:
-            with self._planning:
+            with _planning:
                 plan = self.plans.get(key)
                 if plan is None:
                     if len(self.plans) >= MAX_PLANS:

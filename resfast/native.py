@@ -96,6 +96,11 @@ def load_error() -> str | None:
     return _error
 
 
+def library_path() -> Path | None:
+    """The library that is loaded; None where it is not available."""
+    return None if _C is None else Path(str(_C.__file__))
+
+
 def build_info() -> dict[str, Any]:
     """What was compiled in; empty where the library is not available."""
     return _C.build_info() if _C is not None else {}
@@ -111,12 +116,17 @@ def bf16_products() -> bool:
     return _C is not None and torch.ops.resfast.bf16_products()
 
 
+def cuda_library_path() -> Path:
+    """Where the CUDA library is, if it was built."""
+    return Path(__file__).with_name("_C_cuda.so")
+
+
 @functools.cache
 def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
     """The CUDA library, its ops registered, or why there is none. Needs no GPU and no driver."""
     if _C is None:
         return None, _error  # the schemas of its ops are there
-    path = Path(__file__).with_name("_C_cuda.so")
+    path = cuda_library_path()
     if not path.exists():
         return None, build_info().get("cuda", {}).get("reason") or "it is not installed"
     try:

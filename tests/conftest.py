@@ -7,6 +7,13 @@ import tempfile
 import warnings
 
 import pytest
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # The processor's cores are divided among the workers: threads of several on one core wait for
+    # each other. Before torch is imported, which reads it; processes that tests start inherit it.
+    _share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _share)))
+
 import torch
 
 if not torch.cuda.is_available():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,9 @@ def _run(tmp_path: Path, *options: str) -> tuple[int, str, dict]:
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", "pytest", "-q", SUITE, "--benchmark-only", "--device=cpu"]
     command += [f"--benchmark-json={out}", "-p", "no:cacheprovider", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # as a worker of pytest-xdist, pytest-benchmark would measure nothing
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout + done.stderr, json.loads(out.read_text())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import threading
+import time
 import warnings
 
 import needs
@@ -385,6 +386,30 @@ def test_threads_share_one_optimized_model(monkeypatch):
         assert len(got) == 5
         for y in got:
             torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_threads_plan_one_model_after_another(monkeypatch):
+    """Tracing has global state: two at once, of two models, spoil each other."""
+    planning, together = [], []
+    plan = resfast.inference._plan
+
+    def watched(*args):
+        planning.append(args)
+        together.append(len(planning))
+        time.sleep(0.05)  # the other thread is there by now
+        try:
+            return plan(*args)
+        finally:
+            planning.pop()
+
+    monkeypatch.setattr("resfast.inference._plan", watched)
+    models = [resfast.optimize_for_inference(_small()) for _ in range(2)]
+    threads = [threading.Thread(target=m, args=(_images(2, 3, 32, 32),)) for m in models]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert together == [1, 1]
 
 
 def test_wrong_input_is_refused_with_the_models_own_error():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from resfast import cli
 from resfast.backends import tuning
@@ -66,7 +69,7 @@ def test_a_hopeless_tile_is_measured_once():
 
 def test_tiles_are_remembered_on_disk(folder):
     Tiles("NVIDIA H100 80GB HBM3", VERSIONS).remember("conv 1", LARGE)
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("*.json")
     assert path.name == "tiles-nvidia-h100-80gb-hbm3.json"
     assert Tiles("NVIDIA H100 80GB HBM3", VERSIONS).known == {"conv 1": list(LARGE)}
     assert Tiles("another", VERSIONS).known == {}
@@ -75,6 +78,49 @@ def test_tiles_are_remembered_on_disk(folder):
 def test_tiles_of_other_versions_are_measured_anew(folder):
     Tiles("gpu", VERSIONS).remember("conv 1", LARGE)
     assert Tiles("gpu", VERSIONS | {"triton": "3"}).known == {}
+
+
+def test_a_rebuilt_kernel_is_measured_anew(folder, monkeypatch, tmp_path):
+    """A checkout changes its kernels and keeps its version."""
+    kernel = tmp_path / "kernel"
+    monkeypatch.setattr(tuning.native, "library_path", lambda: kernel)
+    monkeypatch.setattr(tuning, "_cuda_kernels", lambda: [kernel])
+    for tiles_of in (tuning.cpu_tiles.__wrapped__, lambda: tuning.tiles_of.__wrapped__("gpu")):
+        kernel.write_text("before")
+        tiles_of().remember("conv 1", LARGE)
+        assert tiles_of().known
+        kernel.write_text("after")
+        assert not tiles_of().known
+
+
+def test_every_triton_kernel_counts_as_one():
+    folder = Path(__file__).parents[1] / "kernels"
+    assert {path.name for path in folder.glob("*.py")} <= {p.name for p in tuning._cuda_kernels()}
+
+
+def test_what_two_processes_measure_at_once_is_kept_of_both(folder):
+    def measured(number):
+        return threading.Thread(
+            target=lambda: [tiles[number].remember(f"{number} {i}", LARGE) for i in range(20)]
+        )
+
+    tiles = [Tiles("gpu", VERSIONS) for _ in range(4)]
+    threads = [measured(number) for number in range(len(tiles))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(Tiles("gpu", VERSIONS).known) == 20 * len(tiles)
+
+
+def test_a_file_that_stays_locked_is_no_error(folder, monkeypatch):
+    monkeypatch.setattr(tuning, "PATIENCE", 0)
+    tiles = Tiles("gpu", VERSIONS)
+    lock = FileLock(folder / f".{tuning.file_name('gpu')}.lock")
+    with lock, pytest.warns(UserWarning, match="not kept"):
+        tiles.remember("conv 1", LARGE)
+    assert tiles.known == {"conv 1": list(LARGE)}
+    assert not Tiles("gpu", VERSIONS).known
 
 
 def test_a_file_of_another_format_is_not_used(folder):

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -24,8 +26,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
+from resfast import native
 from resfast.backends.interface import ConvGeometry, takes_tf32
 from resfast.backends.processor import cpu_name
 
@@ -34,6 +38,8 @@ FORMAT = 2
 REPETITIONS = 10
 # a candidate this much slower than the best is not measured further
 HOPELESS = 1.5
+# seconds for the file, while other processes write to it
+PATIENCE = 10.0
 
 _lock = threading.RLock()
 
@@ -89,8 +95,17 @@ class Tiles:
         return tiles
 
     def remember(self, key: str, tile: Sequence[int]) -> None:
-        """Keep it, also on disk, where that can be written."""
+        """Keep it, also on disk, where that can be written, beside what other processes kept."""
         self.known[key] = list(tile)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=PATIENCE):
+                self.known = self._read(self.path, self.versions) | self.known
+                self._write()
+        except OSError as error:  # filelock.Timeout is one
+            warnings.warn(f"tiles are not kept: {error}", stacklevel=2)
+
+    def _write(self) -> None:
         record = {
             "format": FORMAT,
             "device": self.device,
@@ -99,14 +114,30 @@ class Tiles:
         }
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(record, indent=1) + "\n")
             temporary.replace(self.path)
-        except OSError as error:
-            warnings.warn(f"tiles are not kept: {error}", stacklevel=2)
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _code_version(*kernels: Path) -> str:
+    """resfast's version, and a digest of these files: a checkout's kernels change within one."""
+    import resfast
+
+    digest = hashlib.sha256()
+    for path in kernels:
+        digest.update(path.read_bytes())
+    return f"{resfast.__version__}+{digest.hexdigest()[:16]}"
+
+
+def _cuda_kernels() -> list[Path]:
+    package = importlib.util.find_spec("resfast.kernels")
+    assert package is not None
+    folders = [Path(folder) for folder in package.submodule_search_locations or ()]
+    library = native.cuda_library_path()
+    sources = sorted(path for folder in folders for path in folder.glob("*.py"))
+    return [*sources, library] if library.exists() else sources
 
 
 @functools.cache
@@ -120,15 +151,17 @@ def tiles_of(device: str) -> Tiles:
         version = ""
     # whose kernels race, and what was found of cuDNN's statistics before they did
     cudnn = str(torch.backends.cudnn.version())
-    return Tiles(device, {"torch": torch.__version__, "triton": version, "cudnn": cudnn})
+    resfast = _code_version(*_cuda_kernels())
+    versions = {"torch": torch.__version__, "triton": version, "cudnn": cudnn, "resfast": resfast}
+    return Tiles(device, versions)
 
 
 @functools.cache
 def cpu_tiles() -> Tiles:
-    """The process's choices for this processor; other versions of resfast have other kernels."""
-    import resfast
-
-    return Tiles(cpu_name(), {"torch": torch.__version__, "resfast": resfast.__version__})
+    """The process's choices for this processor."""
+    library = native.library_path()
+    resfast = _code_version(*([] if library is None else [library]))
+    return Tiles(cpu_name(), {"torch": torch.__version__, "resfast": resfast})
 
 
 @functools.cache
