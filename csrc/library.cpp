@@ -55,13 +55,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
       "bf16_conv(Tensor x, Tensor packed, int kernel_h, int kernel_w, int stride_h, int stride_w, "
       "int padding_h, int padding_w, Tensor scale, Tensor shift, Tensor? residual, bool relu, "
       "Tensor(a!) out) -> ()");
-  m.def("winograd_weight(Tensor weight, int tile, Tensor(a!) packed) -> ()");
+  m.def("winograd_weight(Tensor weight, int tile, int stride, Tensor(a!) packed) -> ()");
   m.def(
       "winograd_conv(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, Tensor? residual, "
-      "bool relu, bool add_after_act, Tensor(a!) out) -> ()");
+      "bool relu, bool add_after_act, int stride, Tensor(a!) out) -> ()");
   m.def(
       "winograd_conv_once(Tensor x, Tensor weight, bool transposed, Tensor? residual, int tile, "
-      "Tensor(a!) out) -> ()");
+      "int stride, Tensor(a!) out) -> ()");
   m.def("winograd_wgrad(Tensor x, Tensor dz, int tile, Tensor(a!) dweight) -> ()");
   m.def(
       "take_sample(Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, "

@@ -29,6 +29,7 @@ from resfast.ops import ConvParams, NormParams, conv_bn_act, residual_block
 
 pytestmark = needs.native_library
 ops = torch.ops.resfast
+FORMS = [(2, 1), (4, 1), (2, 2)]  # of tiles: outputs a side, stride
 PLAIN = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
 
 
@@ -56,13 +57,15 @@ def _backward_weight(dz, x):
     return torch.nn.grad.conv2d_weight(x, shape, dz, padding=1)
 
 
-@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize(("tile", "stride"), FORMS)
 @pytest.mark.parametrize("c", [16, 64, 128, 256, 512])
-def test_error_against_float64_is_that_of_stock(tile, c):
+def test_error_against_float64_is_that_of_stock(tile, stride, c):
     """The design's float32 criterion, at every channel count of a ResNet, forward and backward."""
-    x, weight, dz = _problem(8, c, 14, 14, 64)
-    forward = winograd_fprop(x, weight, tile)
-    assert_criterion(forward, lambda a, w: F.conv2d(a, w, padding=1), x, weight)
+    x, weight, dz = _problem(8, c, 14 * stride, 14 * stride, 64)
+    forward = winograd_fprop(x, weight, tile, stride)
+    assert_criterion(forward, lambda a, w: F.conv2d(a, w, None, stride, 1), x, weight)
+    if stride > 1:
+        return
     x, weight, dz = _problem(8, 64, 14, 14, c)
     assert_criterion(winograd_dgrad(dz, weight, tile), _backward_x, dz, weight)
 
@@ -77,7 +80,7 @@ def test_error_of_the_weights_gradient_is_that_of_stock(tile, n, c, side):
     assert_criterion(winograd_wgrad(dz, x, weight, tile), _backward_weight, dz, x)
 
 
-@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize(("tile", "stride"), FORMS)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -90,24 +93,28 @@ def test_error_of_the_weights_gradient_is_that_of_stock(tile, n, c, side):
     ],
     ids=str,
 )
-def test_every_shape_and_instruction_set(tile, shape, isa):
+def test_every_shape_and_instruction_set(tile, stride, shape, isa):
     x, weight, dz = _problem(*shape)
-    assert_close(winograd_fprop(x, weight, tile), F.conv2d(x.double(), weight.double(), padding=1))
+    z, nchw = winograd_fprop(x, weight, tile, stride), weight.contiguous()
+    assert_close(z, F.conv2d(x.double(), weight.double(), None, stride, 1))
+    assert torch.equal(winograd_fprop(x, nchw, tile, stride), z)
+    if stride > 1:
+        return
     assert_close(winograd_dgrad(dz, weight, tile), _backward_x(dz.double(), weight.double()))
     dweight = winograd_wgrad(dz, x, weight, tile)
     assert_close(dweight, _backward_weight(dz.double(), x.double()))
-    nchw = weight.contiguous()
     assert torch.equal(winograd_wgrad(dz, x, nchw, tile), dweight)
-    assert torch.equal(winograd_fprop(x, nchw, tile), winograd_fprop(x, weight, tile))
 
 
-@pytest.mark.parametrize("tile", [2, 4])
-def test_blocks_of_tiles_join_seamlessly(tile):
+@pytest.mark.parametrize(("tile", "stride"), FORMS)
+def test_blocks_of_tiles_join_seamlessly(tile, stride):
     """More tiles than one block of one thread; both ways to share out the work."""
-    for c, side, n in ((16, 40, 6), (512, 10, 3)):
+    for c, side, n in ((16, 40, 6 * stride**2), (512, 10, 3)):
         x, weight, _ = _problem(n, c, side, side, c)
-        exact = F.conv2d(x.double(), weight.double(), padding=1)
-        assert_close(winograd_fprop(x, weight, tile), exact)
+        exact = F.conv2d(x.double(), weight.double(), None, stride, 1)
+        assert_close(winograd_fprop(x, weight, tile, stride), exact)
+    if stride > 1:
+        return
     x, weight, dz = _problem(8, 256, 24, 24, 16)  # several blocks of the weight's gradient
     exact = _backward_weight(dz.double(), x.double())
     assert_close(winograd_wgrad(dz, x, weight, tile), exact)
@@ -122,16 +129,20 @@ def test_blocks_of_tiles_join_seamlessly(tile):
         (9, 336, 20, 336),  # many tiles: filters are made once
     ],
 )
-def test_each_way_to_share_out_the_work(n, c, side, k, isa):
+@pytest.mark.parametrize(("tile", "stride"), [(4, 1), (2, 2)])
+def test_each_way_to_share_out_the_work(n, c, side, k, tile, stride, isa):
     """The same sums in the same order, whoever takes them, with filters kept or used once."""
     if isa == "scalar" and n == 9:
         n = 6  # slow, and as many blocks
-    x, weight, dz = _problem(n, c, side, side, k)
-    z = winograd_fprop(x, weight, 4)
-    assert_close(z, F.conv2d(x.double(), weight.double(), padding=1))
-    kept = empty_nhwc(z.shape, z)
-    ops.winograd_conv(x, winograd_weight(weight, 4), None, None, None, False, False, kept)
+    # filters of a stride are fewer: more channels for as many bytes
+    x, weight, dz = _problem(n, c * stride, side, side, k)
+    z = winograd_fprop(x, weight, tile, stride)
+    assert_close(z, F.conv2d(x.double(), weight.double(), None, stride, 1))
+    kept, filters = empty_nhwc(z.shape, z), winograd_weight(weight, tile, stride)
+    ops.winograd_conv(x, filters, None, None, None, False, False, stride, kept)
     assert torch.equal(z, kept)
+    if stride > 1:
+        return
     exact = _backward_weight(dz.double(), x.double())
     assert_close(winograd_wgrad(dz, x, weight, 4), exact)
 
@@ -169,27 +180,32 @@ def test_a_block_adds_the_shortcuts_gradient_in_the_last_convolution(kernel, mon
 def test_results_do_not_depend_on_the_number_of_threads(c, side):
     x, weight, dz = _problem(4, c, side, side, c)
     assert_same_on_any_threads(
-        lambda: [winograd_fprop(x, weight, 4), winograd_wgrad(dz, x, weight, 4)]
+        lambda: [
+            winograd_fprop(x, weight, 4),
+            winograd_fprop(x, weight, 2, 2),
+            winograd_wgrad(dz, x, weight, 4),
+        ]
     )
 
 
 @pytest.mark.parametrize("add_after_act", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("tile", [2, 4])
-def test_epilogue(tile, relu, add_after_act, isa):
+@pytest.mark.parametrize(("tile", "stride"), FORMS)
+def test_epilogue(tile, stride, relu, add_after_act, isa):
     x, weight, residual = _problem(2, 16, 9, 9, 32)
+    residual = nhwc(residual[:, :, ::stride, ::stride])
     scale, shift = torch.randn(32), torch.randn(32)
-    z = winograd_fprop(x, weight, tile)
+    z = winograd_fprop(x, weight, tile, stride)
     out = torch.empty_like(z)
-    packed = winograd_weight(weight, tile)
-    ops.winograd_conv(x, packed, scale, shift, residual, relu, add_after_act, out)
+    packed = winograd_weight(weight, tile, stride)
+    ops.winograd_conv(x, packed, scale, shift, residual, relu, add_after_act, stride, out)
     u = z * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
     u = u if add_after_act else u + residual
     u = u.relu() if relu else u
     u = u + residual if add_after_act else u
     torch.testing.assert_close(out, u, rtol=1e-5, atol=1e-5)
     in_place = residual.clone(memory_format=torch.preserve_format)
-    ops.winograd_conv(x, packed, scale, shift, in_place, relu, add_after_act, in_place)
+    ops.winograd_conv(x, packed, scale, shift, in_place, relu, add_after_act, stride, in_place)
     assert torch.equal(in_place, out)
 
 
@@ -197,7 +213,7 @@ def test_nan_and_infinity_stay(isa):
     x, weight, _ = _problem(1, 16, 8, 8, 16)
     x[0, 3, 2, 2] = math.nan
     out = torch.empty(1, 16, 8, 8).contiguous(memory_format=torch.channels_last)
-    ops.winograd_conv(x, winograd_weight(weight, 2), None, None, None, True, False, out)
+    ops.winograd_conv(x, winograd_weight(weight, 2), None, None, None, True, False, 1, out)
     assert out[0, :, 2, 2].isnan().all()
     assert out[0, :, 7, 7].isfinite().all()
 
@@ -214,6 +230,9 @@ def test_nan_and_infinity_stay(isa):
         ({"scale": torch.zeros(8), "shift": torch.zeros(8)}, "one value per channel"),
         ({"residual": torch.zeros(1, 16, 8, 9)}, "residual must have the shape"),
         ({"out": torch.zeros(1, 16, 9, 8)}, "out must be"),
+        ({"stride": 3}, "stride must be 1 or 2"),
+        ({"stride": 2}, "out must be"),
+        ({"stride": 2, "out": torch.full((1, 16, 4, 4), 7.0)}, "winograd_weight made for"),
     ],
     ids=str,
 )
@@ -226,40 +245,44 @@ def test_bad_arguments_raise_before_anything_is_written(change, words):
         "scale": None,
         "shift": None,
         "residual": None,
+        "stride": 1,
         "out": torch.full((1, 16, 8, 8), 7.0),
     } | change
     given = {
         k: v.contiguous(**last)
-        if k in ("x", "residual", "out") and v is not None and v.dim() == 4
+        if k in ("x", "residual", "out") and isinstance(v, torch.Tensor) and v.dim() == 4
         else v
         for k, v in given.items()
     }
     before = given["out"].clone()
     call = [given[k] for k in ("x", "packed", "scale", "shift", "residual")]
     with pytest.raises(RuntimeError, match=words):
-        ops.winograd_conv(*call, False, False, given["out"])
+        ops.winograd_conv(*call, False, False, given["stride"], given["out"])
     assert torch.equal(given["out"], before)
 
 
 def test_output_must_not_be_the_input():
     x, weight, _ = _problem(1, 16, 8, 8, 16)
     with pytest.raises(RuntimeError, match="overlaps"):
-        ops.winograd_conv(x, winograd_weight(weight, 4), None, None, None, False, False, x)
+        ops.winograd_conv(x, winograd_weight(weight, 4), None, None, None, False, False, 1, x)
 
 
 @pytest.mark.parametrize(
-    ("weight", "tile", "words"),
+    ("weight", "tile", "stride", "words"),
     [
-        (torch.zeros(16, 16, 3, 3), 3, "tile must be"),
-        (torch.zeros(16, 16, 5, 5), 4, "weight must be"),
-        (torch.zeros(16, 16, 3, 3).double(), 4, "float32"),
-        (torch.zeros(16, 32, 3, 3), 4, "packed must be"),
+        (torch.zeros(16, 16, 3, 3), 3, 1, "tile must be 2 or 4"),
+        (torch.zeros(16, 16, 3, 3), 4, 2, "tile must be 2 at stride 2"),
+        (torch.zeros(16, 16, 3, 3), 2, 3, "stride must be 1 or 2"),
+        (torch.zeros(16, 16, 5, 5), 4, 1, "weight must be"),
+        (torch.zeros(16, 16, 3, 3).double(), 4, 1, "float32"),
+        (torch.zeros(16, 32, 3, 3), 4, 1, "packed must be"),
+        (torch.zeros(16, 16, 3, 3), 2, 2, "packed must be"),
     ],
 )
-def test_bad_weights_raise(weight, tile, words):
+def test_bad_weights_raise(weight, tile, stride, words):
     packed = torch.zeros(36, 1, 16, ops.panel_columns())
     with pytest.raises(RuntimeError, match=words):
-        ops.winograd_weight(weight, tile, packed)
+        ops.winograd_weight(weight, tile, stride, packed)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -277,7 +300,7 @@ def test_filters_lie_together_but_for_their_points(strides):
     shape, memory = (36, 1, 16, columns), torch.zeros(64 * 32 * columns)
     scaled = [*(s * columns for s in strides[:3]), strides[3]]
     with pytest.raises(RuntimeError, match="contiguous but for its points"):
-        ops.winograd_weight(torch.zeros(16, 16, 3, 3), 4, memory.as_strided(shape, scaled))
+        ops.winograd_weight(torch.zeros(16, 16, 3, 3), 4, 1, memory.as_strided(shape, scaled))
 
 
 @pytest.mark.parametrize(
@@ -289,6 +312,8 @@ def test_filters_lie_together_but_for_their_points(strides):
         ({"weight": torch.zeros(16, 16, 1, 1)}, "weight must be"),
         ({"weight": torch.zeros(16, 16, 3, 3).double()}, "float32"),
         ({"tile": 3}, "tile must be"),
+        ({"stride": 2}, "tile must be 2 at stride 2"),
+        ({"stride": 2, "tile": 2}, "out must be"),
         ({"residual": nhwc(torch.zeros(1, 16, 8, 9))}, "residual must have the shape"),
         ({"out": torch.full((1, 16, 8, 9), 7.0)}, "out must be"),
     ],
@@ -301,17 +326,16 @@ def test_bad_arguments_of_a_convolution_run_once_raise(change, words, transposed
         "weight": torch.zeros(16, 16, 3, 3),
         "residual": None,
         "tile": 4,
+        "stride": 1,
         "out": torch.full((1, 16, 8, 8), 7.0),
     } | change
-    out = nhwc(given["out"])
+    out, rest = nhwc(given["out"]), [given[k] for k in ("residual", "tile", "stride")]
     with pytest.raises(RuntimeError, match=words):
-        ops.winograd_conv_once(
-            nhwc(given["x"]), given["weight"], transposed, given["residual"], given["tile"], out
-        )
+        ops.winograd_conv_once(nhwc(given["x"]), given["weight"], transposed, *rest, out)
     assert (out == 7).all()
     x = nhwc(torch.zeros(1, 16, 8, 8))
     with pytest.raises(RuntimeError, match="out overlaps the memory of x"):
-        ops.winograd_conv_once(x, torch.zeros(16, 16, 3, 3), transposed, None, 4, x)
+        ops.winograd_conv_once(x, torch.zeros(16, 16, 3, 3), transposed, None, 4, 1, x)
 
 
 def test_bad_gradients_raise():
@@ -335,7 +359,10 @@ def test_bad_gradients_raise():
         ((1, 512, 7, 7), (512, 512, 3, 3), PLAIN, 2),  # in 4 tiles: 38 MB of filters
         ((1, 512, 5, 5), (512, 512, 3, 3), PLAIN, None),  # in 9: 17 MB
         ((8, 64, 2, 2), (64, 64, 3, 3), PLAIN, None),
-        ((1, 64, 56, 56), (64, 64, 3, 3), PLAIN._replace(stride=(2, 2)), None),
+        ((1, 64, 56, 56), (64, 64, 3, 3), PLAIN._replace(stride=(2, 2)), 2),
+        ((1, 64, 14, 14), (64, 64, 3, 3), PLAIN._replace(stride=(2, 2)), None),  # 16 tiles of 7×7
+        ((1, 64, 56, 56), (64, 64, 3, 3), PLAIN._replace(stride=(2, 1)), None),
+        ((1, 64, 56, 56), (64, 64, 3, 3), PLAIN._replace(stride=(3, 3)), None),
         ((1, 64, 56, 56), (64, 64, 3, 3), PLAIN._replace(padding=(0, 0)), None),
         ((1, 64, 56, 56), (64, 64, 3, 3), PLAIN._replace(dilation=(2, 2)), None),
         ((1, 64, 56, 56), (64, 32, 3, 3), PLAIN._replace(groups=2), None),
@@ -351,23 +378,30 @@ def test_what_is_run_by_winograd(x, weight, geometry, tile):
     assert winograd_tile(torch.empty(x).bfloat16(), torch.empty(weight), geometry) is None
 
 
-def test_prepared_filters_follow_weights_norm_and_instruction_set(isa):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_prepared_filters_follow_weights_norm_and_instruction_set(stride, isa):
     x, weight, _ = _problem(2, 16, 16, 16, 16)
-    assert_prepared_once_and_anew(x, weight, PLAIN)
+    assert_prepared_once_and_anew(x, weight, PLAIN._replace(stride=(stride, stride)))
 
 
-def test_training_runs_winograd_forward_and_backward(monkeypatch):
+@pytest.mark.parametrize(
+    ("stride", "names"),
+    [
+        (1, ["winograd_fprop", "winograd_dgrad", "winograd_wgrad"]),
+        (2, ["winograd_fprop", "im2col_dgrad", "im2col_wgrad"]),
+    ],
+)
+def test_training_runs_winograd_forward_and_backward(stride, names, monkeypatch):
     """A convolution large enough for it, through the public op."""
-    names = ["winograd_fprop", "winograd_dgrad", "winograd_wgrad"]
     called = calls_of(names, monkeypatch)
     x, weight, _ = _problem(4, 32, 16, 16, 32)
     x.requires_grad_()
     weight.requires_grad_()
     norm = NormParams(torch.ones(32), torch.zeros(32), None, None, None, True)
-    y = conv_bn_act(x, ConvParams(weight, None, (1, 1), (1, 1)), norm)
-    y.sum().backward()
+    conv = ConvParams(weight, None, (stride, stride), (1, 1))
+    conv_bn_act(x, conv, norm).sum().backward()
     assert called == names
     called.clear()
     with backend("eager"):
-        conv_bn_act(x, ConvParams(weight, None, (1, 1), (1, 1)), norm)
+        conv_bn_act(x, conv, norm)
     assert called == []

@@ -37,8 +37,18 @@ const WinogradKernels& winograd_kernels() {
   return RESFAST_PICK(winograd_kernels);
 }
 
-void check_tile(int64_t tile) {
-  STD_TORCH_CHECK(tile == 2 || tile == 4, "tile must be 2 or 4, got ", tile);
+// The form with tiles of so many outputs a side, for convolutions of this stride.
+int find_form(int64_t tile, int64_t stride) {
+  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
+  for (int form = 0; form < kForms; ++form) {
+    if (kWinogradForms[form].tile == tile && kWinogradForms[form].stride == stride) return form;
+  }
+  STD_TORCH_CHECK(false, "tile must be 2", stride == 1 ? " or 4" : "", " at stride ", stride,
+                  ", got ", tile);
+}
+
+int64_t filters_of(int form) {
+  return kWinogradForms[form].filters * kWinogradForms[form].filters;
 }
 
 // Filters at the points: points may lie further apart than their values take.
@@ -73,7 +83,7 @@ struct Filter {
   }
 
   // Channels [begin, end) of a panel to the points, the first of them at u.
-  void to_points(int64_t panel, int64_t begin, int64_t end, int64_t tile, float* u,
+  void to_points(int64_t panel, int64_t begin, int64_t end, int form, float* u,
                  int64_t point_stride) const {
     const WinogradKernels& kernels = winograd_kernels();
     WinogradWeight t{};
@@ -86,17 +96,17 @@ struct Filter {
     t.tap_stride = tap_stride;
     t.u = u;
     t.point_stride = point_stride;
-    kernels.weight[tile / 4](t);
+    kernels.weight[form](t);
   }
 
-  // All of it: u [points][panels][c][columns], zero beyond k.
-  void to_points(int64_t tile, float* u, int64_t point_stride) const {
+  // All of it: u [filters][panels][c][columns], zero beyond k.
+  void to_points(int form, float* u, int64_t point_stride) const {
     const int64_t columns = winograd_kernels().columns;
     constexpr int64_t kChannelGrain = 16;
     share_out(0, ceil_div(k, columns) * c, kChannelGrain, [&](int64_t begin, int64_t end) {
       while (begin < end) {  // rows of u, panel by panel
         const int64_t panel = begin / c, stop = std::min(end, (panel + 1) * c);
-        to_points(panel, begin - panel * c, stop - panel * c, tile, u + begin * columns,
+        to_points(panel, begin - panel * c, stop - panel * c, form, u + begin * columns,
                   point_stride);
         begin = stop;
       }
@@ -110,26 +120,29 @@ void check_filter(const Tensor& weight) {
                   "weight must be [K, C, 3, 3], got ", shape_of(weight));
 }
 
-// U: [points, ceil(K / columns), C, columns], zero beyond K.
-void winograd_weight(const Tensor& weight, int64_t tile, const Tensor& packed) {
-  check_tile(tile);
+// U: [filters, ceil(K / columns), C, columns], zero beyond K.
+void winograd_weight(const Tensor& weight, int64_t tile, int64_t stride, const Tensor& packed) {
+  const int form = find_form(tile, stride);
   check_filter(weight);
   check_float(packed, "packed");
-  const int64_t side = tile + 2, columns = winograd_kernels().columns;
+  const int64_t filters = filters_of(form), columns = winograd_kernels().columns;
   const Filter filter(weight, false);
   const int64_t panels = ceil_div(filter.k, columns);
-  STD_TORCH_CHECK(packed.dim() == 4 && packed.size(0) == side * side &&
+  STD_TORCH_CHECK(packed.dim() == 4 && packed.size(0) == filters &&
                       is_filters(packed, panels, filter.c, columns),
-                  "packed must be [", side * side, ", ", panels, ", ", filter.c, ", ", columns,
+                  "packed must be [", filters, ", ", panels, ", ", filter.c, ", ", columns,
                   "], contiguous but for its points, got ", shape_of(packed), " with strides ",
                   strides_of(packed));
   check_memory({{"packed", packed, Access::whole}}, {{"weight", weight, Access::whole}});
-  filter.to_points(tile, static_cast<float*>(packed.mutable_data_ptr()), packed.stride(0));
+  filter.to_points(form, static_cast<float*>(packed.mutable_data_ptr()), packed.stride(0));
 }
 
-// Sums over this many channels are added up apart: rounding errors grow with the longest chain.
-int64_t chain_channels(int64_t channels) {
-  return channels <= 64 ? 16 : 32;
+// Sums over this many channels are added up apart: rounding errors grow with the longest chain, and
+// F(4×4) makes them larger, beside stock's the more the fewer channels there are. A panel's filters
+// for so many stay in an L1 cache.
+int64_t chain_channels(int form, int64_t channels) {
+  if (form != kF4) return 256;
+  return channels <= 64 ? 16 : channels < 512 ? 32 : 128;
 }
 
 // What lies outside of an image, for the length of one op.
@@ -142,32 +155,46 @@ const float* zeros(int64_t values) {
 // One convolution: what every block of tiles needs.
 struct Convolution {
   const WinogradKernels& kernels;
-  int64_t tile, points, c, k, tiles;
+  int form;
+  int64_t points, c, k, tiles;
   const float* u = nullptr;
-  int64_t u_stride = 0;  // from point to point
+  int64_t u_stride = 0;  // from filter to filter
   WinogradInput input{};
   WinogradOutput output{};
 
-  Convolution(const Tensor& x, int64_t tile_, const Tensor& out)
+  Convolution(const Tensor& x, int form_, const Tensor& out)
       : kernels(winograd_kernels()),
-        tile(tile_),
-        points((tile_ + 2) * (tile_ + 2)),
+        form(form_),
+        points(side() * side()),
         c(x.size(1)),
         k(out.size(1)) {
-    const TileGrid grid{x.size(2), x.size(3), ceil_div(x.size(2), tile), ceil_div(x.size(3), tile)};
+    const int64_t p = out.size(2), q = out.size(3), tile = kWinogradForms[form].tile;
+    const TileGrid grid{x.size(2), x.size(3), p, q, ceil_div(p, tile), ceil_div(q, tile)};
     tiles = x.size(0) * grid.rows * grid.columns;
     input.grid = output.grid = grid;
     input.channels = input.part = c;
-    input.zeros = zeros((tile + 2) * c);
+    input.zeros = zeros(side() * c);
     input.x = static_cast<const float*>(x.const_data_ptr());
     output.channels = output.out_channels = k;
     output.out = static_cast<float*>(out.mutable_data_ptr());
   }
 
+  int64_t side() const { return kWinogradForms[form].points; }
+  // call(point) for all whose products take this filter
+  template <class Call>
+  void for_each_point(int64_t filter, Call call) const {
+    const int64_t filters = kWinogradForms[form].filters;
+    const int64_t row = filter / filters, column = filter % filters;
+    const auto end = [&](int64_t i) { return i == filters - 1 ? side() : i + 1; };
+    for (int64_t i = row; i < end(row); ++i) {
+      for (int64_t j = column; j < end(column); ++j) call(i * side() + j);
+    }
+  }
   int64_t panels() const { return ceil_div(k, kernels.columns); }
   int64_t panel_columns(int64_t panel) const {
     return std::min<int64_t>(kernels.columns, k - panel * kernels.columns);
   }
+  int64_t filter_bytes() const { return filters_of(form) * c * k * int64_t{sizeof(float)}; }
 
   int64_t block_floats(int64_t count) const {
     return points * (count * (c + k) + 2 * kPointPadding);
@@ -179,23 +206,25 @@ struct Convolution {
     t.end = end;
     t.point_stride = count * c + kPointPadding;
     t.v = v + (begin - first) * c;
-    kernels.input[tile / 4](t);
+    kernels.input[form](t);
   }
 
-  // points [begin, end) of a block of `count` tiles
+  // products [begin, end) of a block of `count` tiles
   void multiply(int64_t begin, int64_t end, const float* v, float* m, int64_t count) const {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t point = i / panels(), panel = i % panels();
+      const int64_t filter = i / panels(), panel = i % panels();
       WinogradProduct t{};
       t.tiles = count;
       t.channels = t.v_stride = c;
-      t.chain = chain_channels(c);
+      t.chain = chain_channels(form, c);
       t.columns = panel_columns(panel);
-      t.v = v + point * (count * c + kPointPadding);
-      t.u = u + point * u_stride + panel * c * kernels.columns;
-      t.m = m + point * (count * k + kPointPadding) + panel * kernels.columns;
+      t.u = u + filter * u_stride + panel * c * kernels.columns;
       t.m_stride = k;
-      kernels.product(t);
+      for_each_point(filter, [&](int64_t point) {
+        t.v = v + point * (count * c + kPointPadding);
+        t.m = m + point * (count * k + kPointPadding) + panel * kernels.columns;
+        kernels.product(t);
+      });
     }
   }
 
@@ -205,14 +234,14 @@ struct Convolution {
     t.end = end;
     t.point_stride = count * k + kPointPadding;
     t.m = m + (begin - first) * k;
-    kernels.output[tile / 4](t);
+    kernels.output[form](t);
   }
 
-  int64_t products() const { return points * panels(); }
+  int64_t products() const { return filters_of(form) * panels(); }
 
   // With filters that are there.
   void run() const {
-    if (points * c * k * int64_t{sizeof(float)} <= kPrivateWeightBytes) {
+    if (filter_bytes() <= kPrivateWeightBytes) {
       run_private();
     } else {
       run_shared();
@@ -222,14 +251,14 @@ struct Convolution {
   // With filters that are used once.
   void run(const Filter& filter) {
     const int64_t threads = torch::stable::get_num_threads();
-    const bool large = points * c * k * int64_t{sizeof(float)} > kPanelWeightBytes;
+    const bool large = filter_bytes() > kPanelWeightBytes;
     if (large && tiles <= kMostPanelBlocks * kPanelTiles && panels() >= threads) {
       run_by_panels(filter);
       return;
     }
     u_stride = panels() * c * kernels.columns + kPointPadding;
-    float* const memory = thread_scratch<kShared>(points * u_stride);
-    filter.to_points(tile, memory, u_stride);
+    float* const memory = thread_scratch<kShared>(filters_of(form) * u_stride);
+    filter.to_points(form, memory, u_stride);
     u = memory;
     run();
   }
@@ -273,7 +302,7 @@ struct Convolution {
   // Each thread takes panels; a panel's filters and products stay in its L2 cache.
   void run_by_panels(const Filter& filter) const {
     const int64_t blocks = ceil_div(tiles, kPanelTiles), count = ceil_div(tiles, blocks);
-    const int64_t channels = chain_channels(c), parts = ceil_div(c, channels);
+    const int64_t channels = chain_channels(form, c), parts = ceil_div(c, channels);
     const int64_t columns = kernels.columns;
     const int64_t filter_stride = channels * columns + kPointPadding;
     const int64_t product_stride = count * columns + kPointPadding;
@@ -289,11 +318,12 @@ struct Convolution {
         t.part = channels;
         t.part_stride = part_stride;
         t.v = v + (begin - first) * channels;
-        kernels.input[tile / 4](t);
+        kernels.input[form](t);
       });
       share_out(0, panels(), 1, [&](int64_t begin, int64_t end) {
-        float* const filters = thread_scratch(points * (filter_stride + product_stride));
-        float* const m = filters + points * filter_stride;
+        const int64_t filter_floats = filters_of(form) * filter_stride;
+        float* const filters = thread_scratch(filter_floats + points * product_stride);
+        float* const m = filters + filter_floats;
         for (int64_t panel = begin; panel < end; ++panel) {
           WinogradProduct t{};
           t.tiles = size;
@@ -303,12 +333,14 @@ struct Convolution {
             const int64_t channel = part * channels;
             t.channels = std::min(channels, c - channel);
             t.add = part > 0;
-            filter.to_points(panel, channel, channel + t.channels, tile, filters, filter_stride);
-            for (int64_t point = 0; point < points; ++point) {
-              t.v = v + part * part_stride + point * v_stride;
-              t.u = filters + point * filter_stride;
-              t.m = m + point * product_stride;
-              kernels.product(t);
+            filter.to_points(panel, channel, channel + t.channels, form, filters, filter_stride);
+            for (int64_t at = 0; at < filters_of(form); ++at) {
+              t.u = filters + at * filter_stride;
+              for_each_point(at, [&](int64_t point) {
+                t.v = v + part * part_stride + point * v_stride;
+                t.m = m + point * product_stride;
+                kernels.product(t);
+              });
             }
           }
           WinogradOutput out = output;
@@ -319,22 +351,23 @@ struct Convolution {
           out.point_stride = product_stride;
           out.out += panel * columns;
           if (out.residual) out.residual += panel * columns;
-          kernels.output[tile / 4](out);
+          kernels.output[form](out);
         }
       });
     }
   }
 };
 
-void check_convolution(const Tensor& x, const char* x_name, const Tensor& z, const char* z_name) {
+void check_convolution(const Tensor& x, const char* x_name, const Tensor& z, const char* z_name,
+                       int64_t stride) {
   check_activation(x, x_name);
   check_float(x, x_name);
   check_activation(z, z_name);
   check_float(z, z_name);
   const int64_t c = x.size(1), k = z.size(1), lanes = winograd_kernels().lanes;
-  STD_TORCH_CHECK(z.size(0) == x.size(0) && z.size(2) == x.size(2) && z.size(3) == x.size(3),
-                  z_name, " must be [", x.size(0), ", K, ", x.size(2), ", ", x.size(3), "], got ",
-                  shape_of(z));
+  const int64_t p = ceil_div(x.size(2), stride), q = ceil_div(x.size(3), stride);
+  STD_TORCH_CHECK(z.size(0) == x.size(0) && z.size(2) == p && z.size(3) == q, z_name, " must be [",
+                  x.size(0), ", K, ", p, ", ", q, "], got ", shape_of(z));
   STD_TORCH_CHECK(c % lanes == 0 && k % lanes == 0, "channels must be multiples of ", lanes,
                   ", got C = ", c, ", K = ", k);
 }
@@ -346,8 +379,9 @@ const float* floats(const OptionalTensor& t) {
 // out = act(conv(x, weight)·scale + shift + residual), or act(…) + residual; padding 1.
 void winograd_conv(const Tensor& x, const Tensor& packed, const OptionalTensor& scale,
                    const OptionalTensor& shift, const OptionalTensor& residual, bool relu,
-                   bool add_after_act, const Tensor& out) {
-  check_convolution(x, "x", out, "out");
+                   bool add_after_act, int64_t stride, const Tensor& out) {
+  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
+  check_convolution(x, "x", out, "out", stride);
   check_activation_like(residual, "residual", out, "out");
   check_channel_vector(scale, "scale", out);
   check_channel_vector(shift, "shift", out);
@@ -355,7 +389,9 @@ void winograd_conv(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift must come together");
   const WinogradKernels& kernels = winograd_kernels();
   const int64_t c = x.size(1), k = out.size(1);
-  STD_TORCH_CHECK(packed.dim() == 4 && (packed.size(0) == 16 || packed.size(0) == 36) &&
+  const bool f4 = packed.dim() == 4 && packed.size(0) == filters_of(kF4);
+  const int form = stride == 2 ? kF2Stride2 : f4 ? kF4 : kF2;
+  STD_TORCH_CHECK(packed.dim() == 4 && packed.size(0) == filters_of(form) &&
                       is_filters(packed, ceil_div(k, kernels.columns), c, kernels.columns),
                   "packed must be what winograd_weight made for C = ", c, ", K = ", k,
                   " on this instruction set, got ", shape_of(packed));
@@ -366,7 +402,7 @@ void winograd_conv(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   check_memory({{"out", out}}, {{"residual", residual}});
   if (out.numel() == 0) return;
 
-  Convolution conv(x, packed.size(0) == 16 ? 2 : 4, out);
+  Convolution conv(x, form, out);
   conv.u = static_cast<const float*>(packed.const_data_ptr());
   conv.u_stride = packed.stride(0);
   conv.output.scale = floats(scale);
@@ -377,13 +413,14 @@ void winograd_conv(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   conv.run();
 }
 
-// out = conv(x, weight) + residual, or with its transpose turned by 180°: the input's gradient;
-// padding 1.
+// out = conv(x, weight) + residual, or with its transpose turned by 180°: at stride 1 the input's
+// gradient; padding 1.
 void winograd_conv_once(const Tensor& x, const Tensor& weight, bool transposed,
-                        const OptionalTensor& residual, int64_t tile, const Tensor& out) {
-  check_tile(tile);
+                        const OptionalTensor& residual, int64_t tile, int64_t stride,
+                        const Tensor& out) {
+  const int form = find_form(tile, stride);
   check_filter(weight);
-  check_convolution(x, "x", out, "out");
+  check_convolution(x, "x", out, "out", stride);
   check_activation_like(residual, "residual", out, "out");
   STD_TORCH_CHECK(weight.size(transposed ? 0 : 1) == x.size(1) &&
                       weight.size(transposed ? 1 : 0) == out.size(1),
@@ -393,7 +430,7 @@ void winograd_conv_once(const Tensor& x, const Tensor& weight, bool transposed,
                {{"x", x, Access::whole}, {"weight", weight, Access::whole}});
   check_memory({{"out", out}}, {{"residual", residual}});
   if (out.numel() == 0) return;
-  Convolution conv(x, tile, out);
+  Convolution conv(x, form, out);
   conv.output.residual = floats(residual);
   conv.run(Filter(weight, transposed));
 }
@@ -406,21 +443,21 @@ struct WeightGradient {
   static constexpr int64_t kChannelsInLine = 16;
 
   const WinogradKernels& kernels;
-  int64_t tile, points, c, k, tiles;
+  int form;
+  int64_t points, c, k, tiles;
   WinogradInput input{}, gradient{};
   WinogradWeightGradient output{};
 
-  WeightGradient(const Tensor& x, const Tensor& dz, int64_t tile_, const Tensor& dweight)
-      : kernels(winograd_kernels()),
-        tile(tile_),
-        points((tile_ + 2) * (tile_ + 2)),
-        c(x.size(1)),
-        k(dz.size(1)) {
-    const TileGrid grid{x.size(2), x.size(3), ceil_div(x.size(2), tile), ceil_div(x.size(3), tile)};
+  WeightGradient(const Tensor& x, const Tensor& dz, int form_, const Tensor& dweight)
+      : kernels(winograd_kernels()), form(form_), c(x.size(1)), k(dz.size(1)) {
+    const int64_t h = x.size(2), w = x.size(3);
+    const int64_t tile = kWinogradForms[form].tile, side = kWinogradForms[form].points;
+    const TileGrid grid{h, w, h, w, ceil_div(h, tile), ceil_div(w, tile)};
+    points = side * side;
     tiles = x.size(0) * grid.rows * grid.columns;
     input.grid = gradient.grid = grid;
     input.channels = c;
-    input.zeros = gradient.zeros = zeros((tile + 2) * std::max(c, k));
+    input.zeros = gradient.zeros = zeros(side * std::max(c, k));
     input.x = static_cast<const float*>(x.const_data_ptr());
     gradient.channels = k;
     gradient.x = static_cast<const float*>(dz.const_data_ptr());
@@ -465,8 +502,8 @@ struct WeightGradient {
         t.part_stride = points * b.point_stride();
         kernel(t);
       };
-      transform(input, v, kernels.input[tile / 4]);
-      transform(gradient, d, kernels.gradient[tile / 4]);
+      transform(input, v, kernels.input[form]);
+      transform(gradient, d, kernels.gradient[form]);
     });
   }
 
@@ -502,7 +539,7 @@ struct WeightGradient {
     t.sum_stride = sum_stride;
     t.point_stride = point_stride;
     t.w += panel * kernels.columns * t.column_stride + channel * t.channel_stride;
-    kernels.weight_gradient[tile / 4](t);
+    kernels.weight_gradient[form](t);
   }
 
   void run() const {
@@ -572,8 +609,8 @@ struct WeightGradient {
 };
 
 void winograd_wgrad(const Tensor& x, const Tensor& dz, int64_t tile, const Tensor& dweight) {
-  check_tile(tile);
-  check_convolution(x, "x", dz, "dz");
+  const int form = find_form(tile, 1);
+  check_convolution(x, "x", dz, "dz", 1);
   check_float(dweight, "dweight");
   STD_TORCH_CHECK(dweight.dim() == 4 && dweight.size(0) == dz.size(1) &&
                       dweight.size(1) == x.size(1) && dweight.size(2) == 3 && dweight.size(3) == 3,
@@ -581,7 +618,7 @@ void winograd_wgrad(const Tensor& x, const Tensor& dz, int64_t tile, const Tenso
                   shape_of(dweight));
   check_memory({{"dweight", dweight, Access::whole}},
                {{"x", x, Access::whole}, {"dz", dz, Access::whole}});
-  WeightGradient(x, dz, tile, dweight).run();
+  WeightGradient(x, dz, form, dweight).run();
 }
 
 }  // namespace

@@ -3,11 +3,23 @@
 // F(m×m, 3×3), stride 1 (Winograd 1980; Lavin and Gray 2016): the output is cut into tiles of m×m,
 // each from (m + 2)² inputs. Both are taken to (m + 2)² points; at each point the convolution is a
 // matrix product V·U over the channels, V [tiles, C], U [C, K].
+//
+// At stride 2 a line of three taps is one of two, F(2, 2), on the inputs at even places, and one of
+// a single tap, which nothing makes cheaper, on those at odd places: 3 + 2 points for 2 outputs.
 #pragma once
 
 #include <cstdint>
 
 namespace resfast {
+
+// Along a side: outputs of a tile, inputs from one output to the next, points, which are as many as
+// a tile's inputs, and filters: the last points' products may take the same one.
+struct WinogradForm {
+  int tile, stride, points, filters;
+};
+
+enum { kF2, kF4, kF2Stride2, kForms };
+constexpr WinogradForm kWinogradForms[kForms] = {{2, 1, 4, 4}, {4, 1, 6, 6}, {2, 2, 5, 4}};
 
 // The filters of one panel of columns and of some channels at the points.
 struct WinogradWeight {
@@ -19,9 +31,10 @@ struct WinogradWeight {
   int64_t point_stride;
 };
 
-// Tiles of an NHWC activation of padded stride-1 3×3 convolution, counted over n, row, column.
+// Tiles of an NHWC activation of padded 3×3 convolution, counted over n, row, column.
 struct TileGrid {
-  int64_t h, w;           // of input and output
+  int64_t h, w;           // of the input
+  int64_t p, q;           // of the output
   int64_t rows, columns;  // of tiles in one image
 };
 
@@ -30,7 +43,7 @@ struct WinogradInput {
   int64_t begin, end;  // tiles
   int64_t channels;
   const float* x;      // the whole activation
-  const float* zeros;  // m + 2 pixels of all channels
+  const float* zeros;  // a tile's side of pixels of all channels
   float* v;            // [points][tile][channel], points `point_stride` apart
   int64_t point_stride;
   // Of so many channels, a multiple of the lanes, next to each other: parts `part_stride` apart.
@@ -92,14 +105,15 @@ struct WinogradOutput {
 struct WinogradKernels {
   int lanes;
   int columns;  // of a full panel
-  // pairs: of F(2×2) and of F(4×4)
-  void (*weight[2])(const WinogradWeight&);
-  void (*input[2])(const WinogradInput&);
-  void (*gradient[2])(const WinogradInput&);  // of the output, to the points
+  // by form
+  void (*weight[kForms])(const WinogradWeight&);
+  void (*input[kForms])(const WinogradInput&);
+  void (*output[kForms])(const WinogradOutput&);
   void (*product)(const WinogradProduct&);
+  // by form of stride 1
+  void (*gradient[2])(const WinogradInput&);  // of the output, to the points
   void (*correlation)(const WinogradCorrelation&);
   void (*weight_gradient[2])(const WinogradWeightGradient&);
-  void (*output[2])(const WinogradOutput&);
 };
 
 extern const WinogradKernels winograd_kernels_scalar;

@@ -12,16 +12,16 @@ namespace {
 
 // ---- the transforms of one line, in place of registers
 
-// Bᵀ: the m + 2 inputs `d` at the points, in m / 2 groups of neighbours with no work in common
+// Bᵀ: a line of inputs `d` at the points, in up to two groups of neighbours with no work in common
 
-RESFAST_INLINE void to_points(Int<2>, Int<0>, const FloatVec* d, FloatVec* out) {
+RESFAST_INLINE void to_points(Int<kF2>, Int<0>, const FloatVec* d, FloatVec* out) {
   out[0] = d[0] - d[2];
   out[1] = d[1] + d[2];
   out[2] = d[2] - d[1];
   out[3] = d[3] - d[1];
 }
 
-RESFAST_INLINE void to_points(Int<4>, Int<0>, const FloatVec* d, FloatVec* out) {
+RESFAST_INLINE void to_points(Int<kF4>, Int<0>, const FloatVec* d, FloatVec* out) {
   constexpr float a = kPointA, b = kPointB, aa = a * a, bb = b * b;
   const FloatVec even = d[4] - bb * d[2], odd = d[3] - bb * d[1];
   out[0] = d[4] - (aa + bb) * d[2] + (aa * bb) * d[0];
@@ -29,7 +29,7 @@ RESFAST_INLINE void to_points(Int<4>, Int<0>, const FloatVec* d, FloatVec* out) 
   out[2] = even - a * odd;
 }
 
-RESFAST_INLINE void to_points(Int<4>, Int<1>, const FloatVec* d, FloatVec* out) {
+RESFAST_INLINE void to_points(Int<kF4>, Int<1>, const FloatVec* d, FloatVec* out) {
   constexpr float a = kPointA, b = kPointB, aa = a * a, bb = b * b;
   const FloatVec even = d[4] - aa * d[2], odd = d[3] - aa * d[1];
   out[0] = even + b * odd;
@@ -37,18 +37,35 @@ RESFAST_INLINE void to_points(Int<4>, Int<1>, const FloatVec* d, FloatVec* out) 
   out[2] = d[5] - (aa + bb) * d[3] + (aa * bb) * d[1];
 }
 
+RESFAST_INLINE void to_points(Int<kF2Stride2>, Int<0>, const FloatVec* d, FloatVec* out) {
+  out[0] = d[0] - d[2];
+  out[1] = d[2];
+  out[2] = d[2] - d[4];
+}
+
+RESFAST_INLINE void to_points(Int<kF2Stride2>, Int<1>, const FloatVec* d, FloatVec* out) {
+  out[0] = d[1];
+  out[1] = d[3];
+}
+
 // Aᵀ: the m outputs from the products at the points
-template <int kTile>
+template <int kForm>
 RESFAST_INLINE void from_points(const FloatVec* p, FloatVec* out);
 
 template <>
-RESFAST_INLINE void from_points<2>(const FloatVec* p, FloatVec* out) {
+RESFAST_INLINE void from_points<kF2>(const FloatVec* p, FloatVec* out) {
   out[0] = p[0] + (p[1] + p[2]);
   out[1] = (p[1] - p[2]) + p[3];
 }
 
 template <>
-RESFAST_INLINE void from_points<4>(const FloatVec* p, FloatVec* out) {
+RESFAST_INLINE void from_points<kF2Stride2>(const FloatVec* p, FloatVec* out) {
+  out[0] = (p[0] + p[1]) + p[3];
+  out[1] = (p[1] - p[2]) + p[4];
+}
+
+template <>
+RESFAST_INLINE void from_points<kF4>(const FloatVec* p, FloatVec* out) {
   constexpr float a = kPointA, b = kPointB;
   const FloatVec sum_a = p[1] + p[2], sum_b = p[3] + p[4];
   const FloatVec difference_a = a * (p[1] - p[2]), difference_b = b * (p[3] - p[4]);
@@ -59,11 +76,11 @@ RESFAST_INLINE void from_points<4>(const FloatVec* p, FloatVec* out) {
 }
 
 // A: the m gradients of an output line, taken back to the points
-template <int kTile>
+template <int kForm>
 RESFAST_INLINE void gradient_to_points(const FloatVec* d, FloatVec* out);
 
 template <>
-RESFAST_INLINE void gradient_to_points<2>(const FloatVec* d, FloatVec* out) {
+RESFAST_INLINE void gradient_to_points<kF2>(const FloatVec* d, FloatVec* out) {
   out[0] = d[0];
   out[1] = d[0] + d[1];
   out[2] = d[0] - d[1];
@@ -71,7 +88,7 @@ RESFAST_INLINE void gradient_to_points<2>(const FloatVec* d, FloatVec* out) {
 }
 
 template <>
-RESFAST_INLINE void gradient_to_points<4>(const FloatVec* d, FloatVec* out) {
+RESFAST_INLINE void gradient_to_points<kF4>(const FloatVec* d, FloatVec* out) {
   constexpr float a = kPointA, b = kPointB;
   const FloatVec even_a = d[0] + (a * a) * d[2], odd_a = a * (d[1] + (a * a) * d[3]);
   const FloatVec even_b = d[0] + (b * b) * d[2], odd_b = b * (d[1] + (b * b) * d[3]);
@@ -99,11 +116,19 @@ struct TilePlace {
 typedef float FloatHalfVec __attribute__((vector_size(kVectorBytes / 2)));
 
 // G: the 3 taps `f` at the points, in float64 so that the filters are rounded once
-template <int kTile>
+template <int kForm>
 RESFAST_INLINE void filter_to_points(const DoubleVec* f, DoubleVec* out);
 
 template <>
-RESFAST_INLINE void filter_to_points<2>(const DoubleVec* f, DoubleVec* out) {
+RESFAST_INLINE void filter_to_points<kF2Stride2>(const DoubleVec* f, DoubleVec* out) {
+  out[0] = f[0];
+  out[1] = f[0] + f[2];
+  out[2] = f[2];
+  out[3] = f[1];
+}
+
+template <>
+RESFAST_INLINE void filter_to_points<kF2>(const DoubleVec* f, DoubleVec* out) {
   out[0] = f[0];
   out[1] = 0.5 * ((f[0] + f[2]) + f[1]);
   out[2] = 0.5 * ((f[0] + f[2]) - f[1]);
@@ -111,7 +136,7 @@ RESFAST_INLINE void filter_to_points<2>(const DoubleVec* f, DoubleVec* out) {
 }
 
 template <>
-RESFAST_INLINE void filter_to_points<4>(const DoubleVec* f, DoubleVec* out) {
+RESFAST_INLINE void filter_to_points<kF4>(const DoubleVec* f, DoubleVec* out) {
   constexpr double a = kPointA, b = kPointB;
   const DoubleVec even_a = kWeightAtA * f[0] + (a * a * kWeightAtA) * f[2];
   const DoubleVec even_b = kWeightAtB * f[0] + (b * b * kWeightAtB) * f[2];
@@ -124,9 +149,9 @@ RESFAST_INLINE void filter_to_points<4>(const DoubleVec* f, DoubleVec* out) {
   out[5] = f[2];
 }
 
-template <int kTile>
+template <int kForm>
 void winograd_weight(const WinogradWeight& t) {
-  constexpr int kSide = kTile + 2;
+  constexpr int kSide = kWinogradForms[kForm].filters;
   constexpr int kColumns = kPanelColumns;
   constexpr int kDoubles = kProductLanes / 2;
   constexpr int64_t kBlock = kLineFloats;
@@ -173,13 +198,13 @@ void winograd_weight(const WinogradWeight& t) {
             f[r] = __builtin_convertvector(load_raw<FloatHalfVec>(&taps[c][s * 3 + r][column]),
                                            DoubleVec);
           }
-          filter_to_points<kTile>(f, lines[s]);
+          filter_to_points<kForm>(f, lines[s]);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < kSide; ++i) {
           const DoubleVec f[3] = {lines[0][i], lines[1][i], lines[2][i]};
           DoubleVec points[kSide];
-          filter_to_points<kTile>(f, points);
+          filter_to_points<kForm>(f, points);
 #pragma GCC unroll 8
           for (int j = 0; j < kSide; ++j) {
             store_raw(u + (i * kSide + j) * t.point_stride + column,
@@ -191,18 +216,21 @@ void winograd_weight(const WinogradWeight& t) {
   }
 }
 
-// A tile of kLine values a side to the points. kWhole: all its columns are in the image; otherwise
-// [left, right) are. transform(Int<group>, line, points): of a line's points one of kGroups groups.
-template <int kTile, int kLine, int kGroups, bool kWhole, class Transform>
+// A tile of kLine values a side to kSide points a side. kWhole: all its columns are in the image;
+// otherwise [left, right) are. transform(Int<group>, line, points): of a line's points one of
+// kGroups groups.
+template <int kSide, int kLine, int kGroups, bool kWhole, class Transform>
 RESFAST_INLINE void tile_to_points(const WinogradInput& t, const float* const* row, int left,
                                    int right, float* v, const Transform& transform) {
-  constexpr int kSide = kTile + 2, kRows = kSide / kGroups;
+  constexpr int kFirst = (kSide + kGroups - 1) / kGroups;  // points of the first group
   // Copies: for all the compiler knows, stores change t.
   const int64_t channels = t.channels, part = t.part, part_stride = t.part_stride;
   const int64_t point_stride = t.point_stride;
   for (int64_t c = 0, in_part = 0; c < channels; c += kProductLanes) {
     // Rows of points a group at a time: all would not fit into the registers.
     const auto rows = [&](auto group) RESFAST_INLINE_LAMBDA {
+      constexpr int kBegin = decltype(group)::value * kFirst;
+      constexpr int kRows = kGroups == 1 || kBegin > 0 ? kSide - kBegin : kFirst;
       FloatVec columns[kLine][kRows];  // by column, then row of points
       int64_t at = c;
 #pragma GCC unroll 8
@@ -218,17 +246,16 @@ RESFAST_INLINE void tile_to_points(const WinogradInput& t, const float* const* r
         }
         at += channels;
       }
-      constexpr int first = decltype(group)::value * kRows;
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         FloatVec d[kLine], points[kSide];
 #pragma GCC unroll 8
         for (int j = 0; j < kLine; ++j) d[j] = columns[j][i];
         transform(Int<0>{}, d, points);
-        if constexpr (kGroups == 2) transform(Int<1>{}, d, points + kRows);
+        if constexpr (kGroups == 2) transform(Int<1>{}, d, points + kFirst);
 #pragma GCC unroll 8
         for (int j = 0; j < kSide; ++j) {
-          store_raw(v + ((first + i) * kSide + j) * point_stride + in_part, points[j]);
+          store_raw(v + ((kBegin + i) * kSide + j) * point_stride + in_part, points[j]);
         }
       }
     };
@@ -242,12 +269,12 @@ RESFAST_INLINE void tile_to_points(const WinogradInput& t, const float* const* r
   }
 }
 
-// All tiles, from kOffset of their first output on.
-template <int kTile, int kLine, int kOffset, int kGroups, class Transform>
+// All tiles, kStep inputs apart, from kOffset on.
+template <int kStep, int kSide, int kLine, int kOffset, int kGroups, class Transform>
 RESFAST_INLINE void tiles_to_points(const WinogradInput& t, const Transform& transform) {
   const TileGrid& g = t.grid;
   for (int64_t tile = t.begin; tile < t.end; ++tile) {
-    const TilePlace at(g, tile, kTile);
+    const TilePlace at(g, tile, kStep);
     const float* row[kLine];
     const int64_t x = at.x + kOffset;
     for (int i = 0; i < kLine; ++i) {
@@ -256,27 +283,30 @@ RESFAST_INLINE void tiles_to_points(const WinogradInput& t, const Transform& tra
     }
     float* v = t.v + (tile - t.begin) * t.part;
     if (x >= 0 && x + kLine <= g.w) {
-      tile_to_points<kTile, kLine, kGroups, true>(t, row, 0, kLine, v, transform);
+      tile_to_points<kSide, kLine, kGroups, true>(t, row, 0, kLine, v, transform);
     } else {
-      tile_to_points<kTile, kLine, kGroups, false>(
+      tile_to_points<kSide, kLine, kGroups, false>(
           t, row, static_cast<int>(x < 0 ? -x : 0),
           static_cast<int>(g.w - x < kLine ? g.w - x : kLine), v, transform);
     }
   }
 }
 
-template <int kTile>
+template <int kForm>
 void winograd_input(const WinogradInput& t) {
-  tiles_to_points<kTile, kTile + 2, -1, kTile / 2>(
+  constexpr WinogradForm f = kWinogradForms[kForm];
+  constexpr int kGroups = f.points > 4 ? 2 : 1;
+  tiles_to_points<f.tile * f.stride, f.points, f.points, -1, kGroups>(
       t, [](auto group, const FloatVec* d, FloatVec* out)
-             RESFAST_INLINE_LAMBDA { to_points(Int<kTile>{}, group, d, out); });
+             RESFAST_INLINE_LAMBDA { to_points(Int<kForm>{}, group, d, out); });
 }
 
-template <int kTile>
+template <int kForm>
 void winograd_gradient(const WinogradInput& t) {
-  tiles_to_points<kTile, kTile, 0, 1>(
+  constexpr WinogradForm f = kWinogradForms[kForm];
+  tiles_to_points<f.tile, f.points, f.tile, 0, 1>(
       t, [](Int<0>, const FloatVec* d, FloatVec* out)
-             RESFAST_INLINE_LAMBDA { gradient_to_points<kTile>(d, out); });
+             RESFAST_INLINE_LAMBDA { gradient_to_points<kForm>(d, out); });
 }
 
 constexpr int kLinesAhead = kProductVectors / 2;
@@ -340,18 +370,18 @@ inline void winograd_correlation(const WinogradCorrelation& t) {
 }
 
 // Gᵀ: the 3 taps from the points, in float64: sums are read from memory anyway
-template <int kTile>
+template <int kForm>
 RESFAST_INLINE void points_to_filter(const DoubleVec* p, DoubleVec* out);
 
 template <>
-RESFAST_INLINE void points_to_filter<2>(const DoubleVec* p, DoubleVec* out) {
+RESFAST_INLINE void points_to_filter<kF2>(const DoubleVec* p, DoubleVec* out) {
   out[0] = p[0] + 0.5 * (p[1] + p[2]);
   out[1] = 0.5 * (p[1] - p[2]);
   out[2] = 0.5 * (p[1] + p[2]) + p[3];
 }
 
 template <>
-RESFAST_INLINE void points_to_filter<4>(const DoubleVec* p, DoubleVec* out) {
+RESFAST_INLINE void points_to_filter<kF4>(const DoubleVec* p, DoubleVec* out) {
   constexpr double a = kPointA, b = kPointB;
   const DoubleVec sum_a = kWeightAtA * (p[1] + p[2]), sum_b = kWeightAtB * (p[3] + p[4]);
   out[0] = kWeightAtZero * p[0] + (sum_a + sum_b);
@@ -359,9 +389,9 @@ RESFAST_INLINE void points_to_filter<4>(const DoubleVec* p, DoubleVec* out) {
   out[2] = ((a * a) * sum_a + (b * b) * sum_b) + p[5];
 }
 
-template <int kTile>
+template <int kForm>
 void winograd_weight_gradient(const WinogradWeightGradient& t) {
-  constexpr int kSide = kTile + 2;
+  constexpr int kSide = kWinogradForms[kForm].points;
   constexpr int kDoubles = kProductLanes / 2;
   // Rows of sums lie along the columns, filters along the channels or their own taps: what is
   // written together is collected first.
@@ -381,14 +411,14 @@ void winograd_weight_gradient(const WinogradWeightGradient& t) {
             p[x] = __builtin_convertvector(
                 load_raw<FloatHalfVec>(row + (y * kSide + x) * t.point_stride + column), DoubleVec);
           }
-          points_to_filter<kTile>(p, lines[y]);
+          points_to_filter<kForm>(p, lines[y]);
         }
 #pragma GCC unroll 8
         for (int s = 0; s < 3; ++s) {
           DoubleVec p[kSide], line[3];
 #pragma GCC unroll 8
           for (int y = 0; y < kSide; ++y) p[y] = lines[y][s];
-          points_to_filter<kTile>(p, line);
+          points_to_filter<kForm>(p, line);
 #pragma GCC unroll 8
           for (int r = 0; r < 3; ++r) {
             store_raw(&taps[r * 3 + s][i][column], __builtin_convertvector(line[r], FloatHalfVec));
@@ -414,11 +444,11 @@ void winograd_weight_gradient(const WinogradWeightGradient& t) {
 constexpr int kNone = 0, kBeforeAct = 1, kAfterAct = 2;
 
 // One tile. kWhole: all of it is in the image; otherwise so many rows and columns, from `first` on.
-template <int kTile, int kResidual, bool kRelu, bool kWhole>
+template <int kForm, int kResidual, bool kRelu, bool kWhole>
 RESFAST_INLINE void tile_from_points(const WinogradOutput& t, const float* m, int64_t first,
                                      int rows, int columns) {
-  constexpr int kSide = kTile + 2;
-  const int64_t row_stride = t.grid.w * t.out_channels;
+  constexpr int kTile = kWinogradForms[kForm].tile, kSide = kWinogradForms[kForm].points;
+  const int64_t row_stride = t.grid.q * t.out_channels;
   for (int64_t c = 0; c < t.channels; c += kProductLanes) {
     if (kResidual != kNone) {  // what comes next, from memory meanwhile
       for (int i = 0; i < rows; ++i) {
@@ -436,7 +466,7 @@ RESFAST_INLINE void tile_from_points(const WinogradOutput& t, const float* m, in
       for (int i = 0; i < kSide; ++i) {
         p[i] = load_raw<FloatVec>(m + (i * kSide + j) * t.point_stride + c);
       }
-      from_points<kTile>(p, lines[j]);
+      from_points<kForm>(p, lines[j]);
     }
     FloatVec scale = splat(1.0f), shift{};
     if (t.scale) {
@@ -449,7 +479,7 @@ RESFAST_INLINE void tile_from_points(const WinogradOutput& t, const float* m, in
       FloatVec p[kSide], y[kTile];
 #pragma GCC unroll 8
       for (int j = 0; j < kSide; ++j) p[j] = lines[j][i];
-      from_points<kTile>(p, y);
+      from_points<kForm>(p, y);
       const int64_t line = first + i * row_stride + c;
 #pragma GCC unroll 8
       for (int j = 0; j < kTile; ++j) {
@@ -465,29 +495,30 @@ RESFAST_INLINE void tile_from_points(const WinogradOutput& t, const float* m, in
   }
 }
 
-template <int kTile, int kResidual, bool kRelu>
+template <int kForm, int kResidual, bool kRelu>
 void tiles_from_points(const WinogradOutput& t) {
+  constexpr int kTile = kWinogradForms[kForm].tile;
   const TileGrid& g = t.grid;
   for (int64_t tile = t.begin; tile < t.end; ++tile) {
     const TilePlace at(g, tile, kTile);
-    const int rows = static_cast<int>(g.h - at.y < kTile ? g.h - at.y : kTile);
-    const int columns = static_cast<int>(g.w - at.x < kTile ? g.w - at.x : kTile);
-    const int64_t first = ((at.n * g.h + at.y) * g.w + at.x) * t.out_channels;
+    const int rows = static_cast<int>(g.p - at.y < kTile ? g.p - at.y : kTile);
+    const int columns = static_cast<int>(g.q - at.x < kTile ? g.q - at.x : kTile);
+    const int64_t first = ((at.n * g.p + at.y) * g.q + at.x) * t.out_channels;
     const float* m = t.m + (tile - t.begin) * t.channels;
     if (rows == kTile && columns == kTile) {
-      tile_from_points<kTile, kResidual, kRelu, true>(t, m, first, kTile, kTile);
+      tile_from_points<kForm, kResidual, kRelu, true>(t, m, first, kTile, kTile);
     } else {
-      tile_from_points<kTile, kResidual, kRelu, false>(t, m, first, rows, columns);
+      tile_from_points<kForm, kResidual, kRelu, false>(t, m, first, rows, columns);
     }
   }
 }
 
-template <int kTile>
+template <int kForm>
 void winograd_output(const WinogradOutput& t) {
   const auto with_relu = [&](auto residual) {
     constexpr int kResidual = decltype(residual)::value;
-    t.relu ? tiles_from_points<kTile, kResidual, true>(t)
-           : tiles_from_points<kTile, kResidual, false>(t);
+    t.relu ? tiles_from_points<kForm, kResidual, true>(t)
+           : tiles_from_points<kForm, kResidual, false>(t);
   };
   if (!t.residual) return with_relu(Int<kNone>{});
   t.add_after_act ? with_relu(Int<kAfterAct>{}) : with_relu(Int<kBeforeAct>{});
@@ -496,12 +527,14 @@ void winograd_output(const WinogradOutput& t) {
 }  // namespace
 }  // namespace resfast
 
-#define RESFAST_WINOGRAD_KERNELS                                                                  \
-  {                                                                                               \
-    kProductLanes, kPanelColumns, {&winograd_weight<2>, &winograd_weight<4>},                     \
-        {&winograd_input<2>, &winograd_input<4>}, {&winograd_gradient<2>, &winograd_gradient<4>}, \
-        &winograd_product, &winograd_correlation,                                                 \
-        {&winograd_weight_gradient<2>, &winograd_weight_gradient<4>}, {                           \
-      &winograd_output<2>, &winograd_output<4>                                                    \
-    }                                                                                             \
+#define RESFAST_WINOGRAD_KERNELS                                                      \
+  {                                                                                   \
+    kProductLanes, kPanelColumns,                                                     \
+        {&winograd_weight<kF2>, &winograd_weight<kF4>, &winograd_weight<kF2Stride2>}, \
+        {&winograd_input<kF2>, &winograd_input<kF4>, &winograd_input<kF2Stride2>},    \
+        {&winograd_output<kF2>, &winograd_output<kF4>, &winograd_output<kF2Stride2>}, \
+        &winograd_product, {&winograd_gradient<kF2>, &winograd_gradient<kF4>},        \
+        &winograd_correlation, {                                                      \
+      &winograd_weight_gradient<kF2>, &winograd_weight_gradient<kF4>                  \
+    }                                                                                 \
   }

@@ -71,12 +71,12 @@ class CpuBackend(Backend):
             return super().conv_fprop(x, weight, bias, g)
         if is_pointwise(x, weight, g):
             return pointwise_fprop(x, weight, g)
+        tile = winograd_tile(x, weight, g, training=True)
+        if tile is not None:
+            return winograd_fprop(x, weight, tile, g.stride[0])
         if is_direct(x, weight, g):
             return direct_fprop(x, weight, g)
-        tile = winograd_tile(x, weight, g, training=True)
-        if tile is None:
-            return super().conv_fprop(x, weight, bias, g)
-        return winograd_fprop(x, weight, tile)
+        return super().conv_fprop(x, weight, bias, g)
 
     def conv_dgrad(self, dz: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
         if is_gathered(dz, weight, g) and g.stride != (1, 1):
@@ -93,7 +93,9 @@ class CpuBackend(Backend):
         self, dz: Tensor, weight: Tensor, g: ConvGeometry, residual: Tensor | None
     ) -> Tensor | None:
         """Of a kernel with an epilogue, if one runs this convolution."""
-        if g.stride == (1, 1) and is_pointwise(dz, weight, g):
+        if g.stride != (1, 1):
+            return None
+        if is_pointwise(dz, weight, g):
             return pointwise_dgrad(dz, weight, residual)
         tile = winograd_tile(dz, weight, g, training=True)
         return None if tile is None else winograd_dgrad(dz, weight, tile, residual)
@@ -103,7 +105,7 @@ class CpuBackend(Backend):
             return super().conv_wgrad(dz, x, weight, g)
         if is_gathered(x, weight, g):
             return im2col_wgrad(dz, x, weight, g)
-        tile = winograd_tile(x, weight, g, training=True)
+        tile = winograd_tile(x, weight, g, training=True) if g.stride == (1, 1) else None
         if tile is None:
             return super().conv_wgrad(dz, x, weight, g)
         return winograd_wgrad(dz, x, weight, tile)

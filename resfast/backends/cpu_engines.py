@@ -39,7 +39,7 @@ from resfast.backends.packed import (
 from resfast.backends.pointwise import is_pointwise
 from resfast.backends.processor import last_cache
 from resfast.backends.select import report
-from resfast.backends.winograd import is_winograd
+from resfast.backends.winograd import is_winograd, tiles_of
 
 ONEDNN = "onednn"
 # a kernel other than the rule's must be faster by so much, and in so many of the rounds
@@ -140,9 +140,13 @@ class Layer(NamedTuple):
         rule = own_kernel(x, weight, g) or ONEDNN
         rivals: list[str] = []
         if is_winograd(x, weight, g):
-            rivals = [*sorted(TILES, reverse=True), ONEDNN]
-        elif is_pointwise(x, weight, g) or is_direct(x, weight, g):
-            rivals = [ONEDNN]
+            rivals += [f"winograd{tile}" for tile in tiles_of(g)]
+        if is_pointwise(x, weight, g):
+            rivals.append("pointwise")
+        if is_direct(x, weight, g):
+            rivals.append("direct")
+        if rivals:
+            rivals.append(ONEDNN)
         return [rule, *(k for k in rivals if k != rule)]
 
     def size(self) -> str:

@@ -1,7 +1,7 @@
 """Convolution with norm, residual and ReLU in its epilogue, on weights prepared once.
 
-float32 3×3 convolutions of stride 1 run by Winograd's algorithm, 1×1 convolutions as products and
-strided ones directly, bfloat16 convolutions as products of pairs, all in kernels of our own; the
+float32 3×3 convolutions run by Winograd's algorithm, 1×1 convolutions as products and other strided
+ones directly, bfloat16 convolutions as products of pairs, all in kernels of our own; the
 others by oneDNN, whose post-ops reach PyTorch through ``mkldnn::_convolution_pointwise``. Those
 take no per-channel scale, so scale is folded into the weights, in fp32. Transforming or packing
 costs a pass over the weights each, hence the cache.
@@ -22,7 +22,7 @@ from resfast.backends.bf16 import bf16_declines, bf16_weight
 from resfast.backends.direct import direct_weight, is_direct
 from resfast.backends.interface import ConvGeometry, NormVectors, conv_output_shape, empty_nhwc
 from resfast.backends.pointwise import is_pointwise, pointwise_output, pointwise_weight
-from resfast.backends.winograd import winograd_tile, winograd_weight
+from resfast.backends.winograd import winograd_output, winograd_tile, winograd_weight
 
 _SAMPLES = 64  # as in csrc/cpu/sample.cpp
 _NO_SCALE = "oneDNN post-ops take no per-channel scale, and 16-bit weights do not bear one"
@@ -178,10 +178,10 @@ def own_kernel(x: Tensor, weight: Tensor, g: ConvGeometry) -> str | None:
         return "bf16"
     if is_pointwise(x, weight, g):
         return "pointwise"
-    if is_direct(x, weight, g):
-        return "direct"
     tile = winograd_tile(x, weight, g)
-    return None if tile is None else f"winograd{tile}"
+    if tile is not None:
+        return f"winograd{tile}"
+    return "direct" if is_direct(x, weight, g) else None
 
 
 def prepare_convolution(
@@ -205,7 +205,7 @@ def prepare_convolution(
         return _pointwise(weight, g, scale, shift)
     if own == "direct":
         return _direct(weight, g, scale, shift)
-    return _winograd(weight, TILES[own], scale, shift)
+    return _winograd(weight, g, TILES[own], scale, shift)
 
 
 def writing_convolution(
@@ -222,13 +222,18 @@ def writing_convolution(
     return run
 
 
-def _winograd(weight: Tensor, tile: int, scale: Tensor, shift: Tensor) -> PackedConvolution:
-    filters, channels = winograd_weight(weight, tile), weight.shape[0]
+def _winograd(
+    weight: Tensor, g: ConvGeometry, tile: int, scale: Tensor, shift: Tensor
+) -> PackedConvolution:
+    channels, stride = weight.shape[0], g.stride[0]
+    filters = winograd_weight(weight, tile, stride)
 
     def write(x: Tensor, residual: Tensor | None, relu: bool, out: Tensor) -> None:
-        torch.ops.resfast.winograd_conv(x, filters, scale, shift, residual, relu, False, out)
+        torch.ops.resfast.winograd_conv(
+            x, filters, scale, shift, residual, relu, False, stride, out
+        )
 
-    return writing_convolution(write, lambda x: empty_nhwc((x.shape[0], channels, *x.shape[2:]), x))
+    return writing_convolution(write, lambda x: winograd_output(x, channels, stride))
 
 
 def _pointwise(weight: Tensor, g: ConvGeometry, scale: Tensor, shift: Tensor) -> PackedConvolution:
