@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import threading
@@ -21,6 +22,7 @@ LIKE = torch.empty(0)
 
 @pytest.fixture(autouse=True)
 def _nothing_kept():
+    gc.collect()  # other tests' models in cycles, and the activations they hold
     resfast.clear_caches()
     yield
     resfast.clear_caches()
