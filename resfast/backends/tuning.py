@@ -132,9 +132,9 @@ def _code_version(*kernels: Path) -> str:
 
 
 def _cuda_kernels() -> list[Path]:
-    package = importlib.util.find_spec("resfast.kernels")
-    assert package is not None
-    folders = [Path(folder) for folder in package.submodule_search_locations or ()]
+    package = importlib.util.find_spec("resfast.kernels")  # None in a checkout on the path alone
+    found = package.submodule_search_locations if package is not None else None
+    folders = [Path(folder) for folder in found or ()]
     library = native.cuda_library_path()
     sources = sorted(path for folder in folders for path in folder.glob("*.py"))
     return [*sources, library] if library.exists() else sources
