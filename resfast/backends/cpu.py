@@ -105,7 +105,7 @@ class CpuBackend(Backend):
             return super().conv_wgrad(dz, x, weight, g)
         if is_gathered(x, weight, g):
             return im2col_wgrad(dz, x, weight, g)
-        tile = winograd_tile(x, weight, g, training=True) if g.stride == (1, 1) else None
+        tile = winograd_tile(x, weight, g, training=True)
         if tile is None:
             return super().conv_wgrad(dz, x, weight, g)
         return winograd_wgrad(dz, x, weight, tile)
