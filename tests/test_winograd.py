@@ -176,6 +176,12 @@ def test_a_block_adds_the_shortcuts_gradient_in_the_last_convolution(kernel, mon
     assert added == [True]
 
 
+def test_no_kernel_adds_to_the_gradient_of_a_strided_convolution():
+    x, weight, _ = _problem(2, 32, 56, 56, 32)
+    g, dz = PLAIN._replace(stride=(2, 2)), nhwc(torch.randn(2, 32, 28, 28))
+    assert cpu.CpuBackend().conv_dgrad_add(dz, x, weight, g, torch.zeros_like(x)) is None
+
+
 @pytest.mark.parametrize(("c", "side"), [(32, 20), (256, 20), (288, 9)])
 def test_results_do_not_depend_on_the_number_of_threads(c, side):
     x, weight, dz = _problem(4, c, side, side, c)
