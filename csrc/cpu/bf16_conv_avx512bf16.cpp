@@ -27,9 +27,11 @@ RESFAST_INLINE ShortVec round_to_bf16(FloatVec v) {
   return (ShortVec)_mm512_cvtneps_pbh((__m512)v);
 }
 
+// The tile by value, since stores may alias anything that is not local. Returns what follows the
+// lines that it fetched from `ahead` on.
 template <int kRows, int kVectors>
-RESFAST_INLINE void product_block(const Bf16Tile& t, int64_t row, int64_t column, int64_t first,
-                                  int64_t pairs, const float* ahead) {
+RESFAST_INLINE const float* product_block(const Bf16Tile t, int64_t row, int64_t column,
+                                          int64_t first, int64_t pairs, const float* ahead) {
   const bool last = first + pairs == t.pairs;
   if (last && t.residual) {  // comes from memory meanwhile
 #pragma GCC unroll 8
@@ -90,6 +92,7 @@ RESFAST_INLINE void product_block(const Bf16Tile& t, int64_t row, int64_t column
       store_raw(t.out + at, round_to_bf16(y));
     }
   }
+  return ahead;
 }
 
 template <int kVectors>
@@ -99,12 +102,15 @@ RESFAST_INLINE void product_panel(const Bf16Tile& t, int64_t column) {
     const int64_t pair_floats = kPanelColumns;  // a pair takes as many bytes
     const float* const u =
         reinterpret_cast<const float*>(t.u) + column * t.pairs + first * pair_floats;
-    LinesAhead<kLinesAhead> lines{u + pairs * pair_floats, pairs * pair_floats / kLineFloats};
+    const float *next = u + pairs * pair_floats, *const end = next + pairs * pair_floats;
     for (int64_t row = 0; row < t.rows;) {
       const int64_t rows = next_rows(t.rows - row);
-      const float* const ahead = lines.take(pairs, u);
       with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
-        product_block<decltype(count)::value, kVectors>(t, row, column, first, pairs, ahead);
+        constexpr int kRows = decltype(count)::value;
+        const bool fetched = next >= end;  // then lines that are in a cache
+        const float* const ahead = product_block<kRows, kVectors>(t, row, column, first, pairs,
+                                                                  fetched ? u : next);
+        if (!fetched) next = ahead;
       });
       row += rows;
     }

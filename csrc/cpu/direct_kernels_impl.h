@@ -10,7 +10,7 @@ namespace {
 // Longer sums are cut, and added up apart: a panel's part then stays in the L2 cache, and rounding
 // errors grow with the longest chain.
 constexpr int64_t kChainValues = 512;
-constexpr int kLinesAhead = 1;
+constexpr int kLinesAhead = kProductVectors / 2;
 
 // A part of every window: channels [channel, channel + channels) of segments [first, last).
 struct Part {
@@ -19,37 +19,25 @@ struct Part {
 
 // Of a line's windows, what one call of the product takes and where it goes.
 struct Windows {
-  const float *x, *u, *ahead;
+  const float *x, *u;
   int64_t segments;
   int64_t at;         // the first output
   bool starts, ends;  // the sums: with this part
 };
 
 template <int kRows, int kVectors, bool kFetchRows, int kLines>
-RESFAST_INLINE void direct_block(const DirectTile& t, const DirectLine& line, const Windows& w,
-                                 int64_t channels, int64_t column) {
-  if (w.starts && t.residual) {  // comes from memory meanwhile
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) {
-        __builtin_prefetch(t.residual + w.at + r * line.out_stride + j * kProductLanes);
-      }
-    }
-  }
-  product_block<kRows, kVectors, kFetchRows, kLines>(
+RESFAST_INLINE const float* direct_block(const DirectTile& t, const DirectLine& line,
+                                         const Windows& w, int64_t channels, int64_t column,
+                                         const float* ahead) {
+  const float* const residual = t.residual ? t.residual + w.at : nullptr;
+  const BlockOutput output{t.out + w.at, w.starts ? residual : t.out + w.at,
+                           w.ends && t.shift ? t.shift + column : nullptr, w.ends && t.relu,
+                           line.out_stride};
+  if (w.starts && residual) output.fetch<kRows, kVectors>();
+  return product_block<LongSums, kRows, kVectors, kFetchRows, kLines>(
       w.x, line.x_stride, 1, w.u, kPanelColumns, channels, w.segments, line.segment_stride,
-      t.channels * kPanelColumns, w.ahead, [&](int r, int j, FloatVec y) RESFAST_INLINE_LAMBDA {
-        const int64_t at = w.at + r * line.out_stride + j * kProductLanes;
-        if (!w.starts) {
-          y += load_raw<FloatVec>(t.out + at);
-        } else if (t.residual) {
-          y += load_raw<FloatVec>(t.residual + at);
-        }
-        if (w.ends && t.shift) y += load_raw<FloatVec>(t.shift + column + j * kProductLanes);
-        if (w.ends && t.relu) y = y < 0.0f ? FloatVec{} : y;  // NaN stays
-        store_raw(t.out + at, y);
-      });
+      t.channels * kPanelColumns, ahead,
+      [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA { output.store(r, j, sum); });
 }
 
 template <int kVectors, bool kFetchRows>
@@ -67,8 +55,7 @@ RESFAST_INLINE void direct_panel(const DirectTile& t, int64_t column, const Part
     next = last_channels ? t.u + part.last * segment_floats
                          : at(t.u, part.first) + part.channels * kPanelColumns;
   }
-  LinesAhead<kLinesAhead> lines{
-      next, (part.last - part.first) * part.channels * kPanelColumns / kLineFloats};
+  LinesAhead<kLinesAhead> lines(next, (part.last - part.first) * part.channels * kPanelColumns);
   for (int64_t i = 0; i < t.line_count; ++i) {
     const DirectLine& line = t.lines[i];
     const int64_t first = line.first > part.first ? line.first : part.first;
@@ -83,11 +70,11 @@ RESFAST_INLINE void direct_panel(const DirectTile& t, int64_t column, const Part
       const int64_t rows = next_rows(line.windows - row);
       w.x = line.x + row * line.x_stride + first * line.segment_stride + part.channel;
       w.at = line.out + row * line.out_stride + column;
-      w.ahead = lines.take(w.segments * part.channels, nullptr);
-      with_fetching<kLinesAhead>(w.ahead, [&](auto lines_ahead) RESFAST_INLINE_LAMBDA {
-        with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
-          direct_block<decltype(count)::value, kVectors, kFetchRows, decltype(lines_ahead)::value>(
-              t, line, w, part.channels, column);
+      with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
+        constexpr int kRows = decltype(count)::value;
+        lines.with_fetching([&](auto lines_ahead, const float* ahead) RESFAST_INLINE_LAMBDA {
+          return direct_block<kRows, kVectors, kFetchRows, decltype(lines_ahead)::value>(
+              t, line, w, part.channels, column, ahead);
         });
       });
       row += rows;

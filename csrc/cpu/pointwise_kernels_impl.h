@@ -10,49 +10,34 @@ namespace {
 // Longer sums are cut, and added up apart: a panel's part then stays in the L2 cache, and rounding
 // errors grow with the longest chain.
 constexpr int64_t kChainChannels = 512;
-constexpr int kLinesAhead = 1;
+constexpr int kLinesAhead = kProductVectors / 2;
 
 template <int kRows, int kVectors, bool kFetchRows, int kLines>
-RESFAST_INLINE void pointwise_block(const PointwiseTile& t, int64_t row, int64_t column,
-                                    int64_t first, int64_t channels, const float* ahead) {
+RESFAST_INLINE const float* pointwise_block(const PointwiseTile& t, int64_t row, int64_t column,
+                                            int64_t first, int64_t channels, const float* ahead) {
   const bool last = first + channels == t.channels;
   const int64_t place = row * t.out_stride + column;
-  if (first == 0 && t.residual) {  // comes from memory meanwhile
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) {
-        __builtin_prefetch(t.residual + place + r * t.out_stride + j * kProductLanes);
-      }
-    }
-  }
-  product_block<kRows, kVectors, kFetchRows, kLines>(
+  const float* const residual = t.residual ? t.residual + place : nullptr;
+  const BlockOutput output{t.out + place, first > 0 ? t.out + place : residual,
+                           last && t.shift ? t.shift + column : nullptr, last && t.relu,
+                           t.out_stride};
+  if (first == 0 && residual) output.fetch<kRows, kVectors>();
+  return product_block<LongSums, kRows, kVectors, kFetchRows, kLines>(
       t.x + row * t.x_stride + first, t.x_stride, 1,
       t.u + column * t.channels + first * kPanelColumns, kPanelColumns, channels, 1, 0, 0, ahead,
-      [&](int r, int j, FloatVec y) RESFAST_INLINE_LAMBDA {
-        const int64_t at = place + r * t.out_stride + j * kProductLanes;
-        if (first > 0) {
-          y += load_raw<FloatVec>(t.out + at);
-        } else if (t.residual) {
-          y += load_raw<FloatVec>(t.residual + at);
-        }
-        if (last && t.shift) y += load_raw<FloatVec>(t.shift + column + j * kProductLanes);
-        if (last && t.relu) y = y < 0.0f ? FloatVec{} : y;  // NaN stays
-        store_raw(t.out + at, y);
-      });
+      [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA { output.store(r, j, sum); });
 }
 
 template <int kVectors, bool kFetchRows>
 RESFAST_INLINE void pointwise_panel(const PointwiseTile& t, int64_t column, int64_t first,
                                     int64_t channels, const float* next) {
-  const float* const u = t.u + column * t.channels + first * kPanelColumns;
-  LinesAhead<kLinesAhead> lines{next, channels * kPanelColumns / kLineFloats};
+  LinesAhead<kLinesAhead> lines(next, channels * kPanelColumns);
   for (int64_t row = 0; row < t.rows;) {
     const int64_t rows = next_rows(t.rows - row);
-    const float* const ahead = lines.take(channels, nullptr);
-    with_fetching<kLinesAhead>(ahead, [&](auto lines_ahead) RESFAST_INLINE_LAMBDA {
-      with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
-        pointwise_block<decltype(count)::value, kVectors, kFetchRows, decltype(lines_ahead)::value>(
+    with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
+      constexpr int kRows = decltype(count)::value;
+      lines.with_fetching([&](auto lines_ahead, const float* ahead) RESFAST_INLINE_LAMBDA {
+        return pointwise_block<kRows, kVectors, kFetchRows, decltype(lines_ahead)::value>(
             t, row, column, first, channels, ahead);
       });
     });
@@ -96,13 +81,12 @@ void pointwise_correlation_rows(const PointwiseCorrelation& t) {
         __builtin_prefetch(next + fetched * t.d_stride + i, 0, 2);
       }
     }
+    float* const sums = t.sums + k * t.sum_stride;
+    const BlockOutput output{sums, t.add ? sums : nullptr, nullptr, false, t.sum_stride};
     with_rows(count, [&](auto rows) RESFAST_INLINE_LAMBDA {
-      product_block<decltype(rows)::value, kVectors, false, 0>(
+      product_block<LongSums, decltype(rows)::value, kVectors, false, 0>(
           t.d + k, 1, t.d_stride, t.x, kPanelColumns, t.rows, 1, 0, 0, nullptr,
-          [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
-            float* to = t.sums + (k + r) * t.sum_stride + j * kProductLanes;
-            store_raw(to, t.add ? load_raw<FloatVec>(to) + sum : sum);
-          });
+          [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA { output.store(r, j, sum); });
     });
     k += count;
   }

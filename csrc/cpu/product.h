@@ -31,15 +31,25 @@ RESFAST_INLINE FloatVec in_register(FloatVec v) {
   return v;
 }
 
+// How a sum's steps are taken. A step alone in the loop's body leaves a tenth of the instructions to
+// the loop, and those are scarce where the core serves a second thread, of this program or, on a
+// rented machine, of anybody's; but short sums end sooner by single steps.
 // Stores wait for their sums, and the processor has room for few that wait (Zen 3: 6), behind which
 // nothing starts. So the last steps are taken by one half of the rows, and then by the other: the
 // first half's stores pass while the products go on.
-constexpr int kWaitingStores = 6;
+struct LongSums {
+  static constexpr int kStepsAtOnce = 2;
 #if defined(__AVX512F__)
-constexpr int kLastSteps = 0;  // not measured
+  static constexpr int kLastSteps = 0;  // not measured
 #else
-constexpr int kLastSteps = 3;
+  static constexpr int kLastSteps = 6;
 #endif
+};
+struct ShortSums {
+  static constexpr int kStepsAtOnce = 1;
+  static constexpr int kLastSteps = LongSums::kLastSteps / 2;
+};
+constexpr int kWaitingStores = 6;
 
 // Whether the next rows are fetched meanwhile, not for the first panel of columns alone, for which
 // they come from memory. Lines of 12 rows, whose distance is often a multiple of 4 KB, do not fit
@@ -75,25 +85,27 @@ RESFAST_INLINE void product_step(const ProductPlace& at, int64_t row_stride, Sum
 // sum[r][j] = Σ over segments and steps v[r·row_stride + segment·v_segment + step·v_step] ·
 // u[segment·u_segment + step·u_step + j], vectors j; each sum goes to finish(r, j, sum).
 // kFetchRows: v_step is 1, and the rows after these are fetched, which come next.
-// kLinesAhead: fetched with each step, from `ahead` on.
-template <int kRows, int kVectors, bool kFetchRows, int kLinesAhead, class Finish>
-RESFAST_INLINE void product_block(const float* v, int64_t row_stride, int64_t v_step,
-                                  const float* u, int64_t u_step, int64_t steps, int64_t segments,
-                                  int64_t v_segment, int64_t u_segment, const float* ahead,
-                                  Finish finish) {
+// kLinesAhead: fetched with every Sums::kStepsAtOnce steps, from `ahead` on. Returns what follows them.
+template <class Sums, int kRows, int kVectors, bool kFetchRows, int kLinesAhead, class Finish>
+RESFAST_INLINE const float* product_block(const float* v, int64_t row_stride, int64_t v_step,
+                                          const float* u, int64_t u_step, int64_t steps,
+                                          int64_t segments, int64_t v_segment, int64_t u_segment,
+                                          const float* ahead, Finish finish) {
   FloatVec sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) sum[r][j] = FloatVec{};
   }
+  constexpr int kStepsAtOnce = Sums::kStepsAtOnce, kLastSteps = Sums::kLastSteps;
   constexpr bool kHalves = kLastSteps > 0 && kRows * kVectors > kWaitingStores;
   const bool halves = kHalves && steps >= kLastSteps;
   ProductPlace at{v, u};
   for (int64_t segment = 0; segment < segments; ++segment) {
     at = {v + segment * v_segment, u + segment * u_segment};
     const int64_t count = halves && segment == segments - 1 ? steps - kLastSteps : steps;
-    for (int64_t step = 0; step < count; ++step) {
+    int64_t step = 0;
+    for (; step + kStepsAtOnce <= count; step += kStepsAtOnce) {
       if (kFetchRows && step % kLineFloats == 0) {
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) __builtin_prefetch(at.v + (kRows + r) * row_stride);
@@ -101,6 +113,14 @@ RESFAST_INLINE void product_block(const float* v, int64_t row_stride, int64_t v_
 #pragma GCC unroll 8
       for (int i = 0; i < kLinesAhead; ++i) __builtin_prefetch(ahead + i * kLineFloats, 0, 2);
       ahead += kLinesAhead * kLineFloats;
+#pragma GCC unroll 8
+      for (int i = 0; i < kStepsAtOnce; ++i) {
+        product_step<0, kRows, kVectors>({at.v + i * v_step, at.u + i * u_step}, row_stride, sum);
+      }
+      at.v += kStepsAtOnce * v_step;
+      at.u += kStepsAtOnce * u_step;
+    }
+    for (; step < count; ++step) {
       product_step<0, kRows, kVectors>(at, row_stride, sum);
       at.v += v_step;
       at.u += u_step;
@@ -126,11 +146,42 @@ RESFAST_INLINE void product_block(const float* v, int64_t row_stride, int64_t v_
       };
       half(Int<0>{}, Int<kRows / 2>{});
       half(Int<kRows / 2>{}, Int<kRows>{});
-      return;
+      return ahead;
     }
   }
   finish_rows(Int<0>{}, Int<kRows>{});
+  return ahead;
 }
+
+// Where a block's sums go: act(sum + added + shift), the first of them at out. Held apart from the
+// tile, since vector stores may alias anything: what lies in memory is read again after each.
+struct BlockOutput {
+  float* out;
+  const float* added;  // rows `stride` apart, or nullptr
+  const float* shift;  // or nullptr
+  bool relu;
+  int64_t stride;
+
+  // Reads what will be added, which comes from memory meanwhile.
+  template <int kRows, int kVectors>
+  RESFAST_INLINE void fetch() const {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors * kProductLanes; j += kLineFloats) {
+        __builtin_prefetch(added + r * stride + j);
+      }
+    }
+  }
+
+  RESFAST_INLINE void store(int r, int j, FloatVec sum) const {
+    const int64_t at = r * stride + j * kProductLanes;
+    if (added) sum += load_raw<FloatVec>(added + at);
+    if (shift) sum += load_raw<FloatVec>(shift + j * kProductLanes);
+    if (relu) sum = sum < 0.0f ? FloatVec{} : sum;  // NaN stays
+    store_raw(out + at, sum);
+  }
+};
 
 // The number of rows of the next block: the rest in blocks as equal as can be, 8 as 4 + 4.
 RESFAST_INLINE int64_t next_rows(int64_t rest) {
@@ -138,29 +189,25 @@ RESFAST_INLINE int64_t next_rows(int64_t rest) {
   return (rest + blocks - 1) / blocks;
 }
 
-// Lines of memory to be fetched while blocks of rows are multiplied: memory gives filters more
-// slowly than one block takes them, and caches serve the further blocks.
+// Memory to be fetched while blocks of rows are multiplied, a few lines with every Sums::kStepsAtOnce steps
+// until it is all fetched: memory gives filters more slowly than one block takes them, and caches
+// serve the further blocks.
 template <int kLinesAhead>
 struct LinesAhead {
-  const float* next;
-  int64_t lines;
+  const float *next, *end;
 
-  // Where a block of so many steps starts to fetch; `done` when all are fetched.
-  RESFAST_INLINE const float* take(int64_t steps, const float* done) {
-    if (lines <= 0) return done;
-    const float* const from = next;
-    next += steps * kLinesAhead * kLineFloats;
-    lines -= steps * kLinesAhead;
-    return from;
+  LinesAhead(const float* from, int64_t floats) : next(from), end(from + floats) {}
+
+  // block(Int<lines>, next), which returns what follows the lines it fetched
+  template <class Block>
+  RESFAST_INLINE void with_fetching(Block block) {
+    if (next < end) {
+      next = block(Int<kLinesAhead>{}, next);
+    } else {
+      block(Int<0>{}, nullptr);
+    }
   }
 };
-
-// call(Int<kLinesAhead>), or call(Int<0>) where there is nothing to fetch
-template <int kLinesAhead, class Call>
-RESFAST_INLINE void with_fetching(const float* ahead, Call call) {
-  if (ahead) return call(Int<kLinesAhead>{});
-  call(Int<0>{});
-}
 
 // call(Int<rows>), for rows up to kProductRows
 template <class Call>

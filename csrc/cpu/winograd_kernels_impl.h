@@ -318,19 +318,19 @@ void product_rows(const WinogradProduct& t) {
     const int64_t channels = left < t.chain ? left : t.chain;
     const float* u = t.u + first * kPanelColumns;
     const bool add = t.add || first > 0;
-    LinesAhead<kLinesAhead> lines{u + channels * kPanelColumns,
-                                  channels * kPanelColumns / kLineFloats};
+    const int64_t m_stride = t.m_stride;
+    LinesAhead<kLinesAhead> lines(u + channels * kPanelColumns, channels * kPanelColumns);
     for (int64_t row = 0; row < t.tiles;) {
       const int64_t rows = next_rows(t.tiles - row);
-      const float* const ahead = lines.take(channels, nullptr);
       const float* v = t.v + row * t.v_stride + first;
-      float* m = t.m + row * t.m_stride;
-      with_fetching<kLinesAhead>(ahead, [&](auto lines_ahead) RESFAST_INLINE_LAMBDA {
-        with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
-          product_block<decltype(count)::value, kVectors, kNextRows, decltype(lines_ahead)::value>(
+      float* const m = t.m + row * m_stride;
+      with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
+        constexpr int kRows = decltype(count)::value;
+        lines.with_fetching([&](auto lines_ahead, const float* ahead) RESFAST_INLINE_LAMBDA {
+          return product_block<ShortSums, kRows, kVectors, kNextRows, decltype(lines_ahead)::value>(
               v, t.v_stride, 1, u, kPanelColumns, channels, 1, 0, 0, ahead,
               [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
-                float* to = m + r * t.m_stride + j * kProductLanes;
+                float* const to = m + r * m_stride + j * kProductLanes;
                 store_raw(to, add ? load_raw<FloatVec>(to) + sum : sum);
               });
         });
@@ -351,14 +351,12 @@ template <int kVectors>
 void correlation_rows(const WinogradCorrelation& t) {
   for (int64_t channel = 0; channel < t.channels;) {
     const int64_t channels = next_rows(t.channels - channel);
-    float* sums = t.sums + channel * t.sum_stride;
+    float* const sums = t.sums + channel * t.sum_stride;
+    const BlockOutput output{sums, t.add ? sums : nullptr, nullptr, false, t.sum_stride};
     with_rows(channels, [&](auto count) RESFAST_INLINE_LAMBDA {
-      product_block<decltype(count)::value, kVectors, false, 0>(
+      product_block<LongSums, decltype(count)::value, kVectors, false, 0>(
           t.v + channel, 1, t.v_stride, t.d, t.d_stride, t.tiles, 1, 0, 0, nullptr,
-          [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
-            float* to = sums + r * t.sum_stride + j * kProductLanes;
-            store_raw(to, t.add ? load_raw<FloatVec>(to) + sum : sum);
-          });
+          [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA { output.store(r, j, sum); });
     });
     channel += channels;
   }
