@@ -10,7 +10,7 @@ namespace {
 // Longer sums are cut, and added up apart: a panel's part then stays in the L2 cache, and rounding
 // errors grow with the longest chain.
 constexpr int64_t kChainValues = 512;
-constexpr int kLinesAhead = kProductVectors / 2;
+constexpr int kLinesAhead = 1;
 
 // A part of every window: channels [channel, channel + channels) of segments [first, last).
 struct Part {
@@ -34,7 +34,7 @@ RESFAST_INLINE const float* direct_block(const DirectTile& t, const DirectLine& 
                            w.ends && t.shift ? t.shift + column : nullptr, w.ends && t.relu,
                            line.out_stride};
   if (w.starts && residual) output.fetch<kRows, kVectors>();
-  return product_block<LongSums, kRows, kVectors, kFetchRows, kLines>(
+  return product_block<1, kRows, kVectors, kFetchRows, kLines>(
       w.x, line.x_stride, 1, w.u, kPanelColumns, channels, w.segments, line.segment_stride,
       t.channels * kPanelColumns, ahead,
       [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA { output.store(r, j, sum); });

@@ -10,7 +10,7 @@ namespace {
 // Longer sums are cut, and added up apart: a panel's part then stays in the L2 cache, and rounding
 // errors grow with the longest chain.
 constexpr int64_t kChainChannels = 512;
-constexpr int kLinesAhead = kProductVectors / 2;
+constexpr int kLinesAhead = 1;
 
 template <int kRows, int kVectors, bool kFetchRows, int kLines>
 RESFAST_INLINE const float* pointwise_block(const PointwiseTile& t, int64_t row, int64_t column,
@@ -22,7 +22,7 @@ RESFAST_INLINE const float* pointwise_block(const PointwiseTile& t, int64_t row,
                            last && t.shift ? t.shift + column : nullptr, last && t.relu,
                            t.out_stride};
   if (first == 0 && residual) output.fetch<kRows, kVectors>();
-  return product_block<LongSums, kRows, kVectors, kFetchRows, kLines>(
+  return product_block<kSteps, kRows, kVectors, kFetchRows, kLines>(
       t.x + row * t.x_stride + first, t.x_stride, 1,
       t.u + column * t.channels + first * kPanelColumns, kPanelColumns, channels, 1, 0, 0, ahead,
       [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA { output.store(r, j, sum); });
@@ -84,7 +84,7 @@ void pointwise_correlation_rows(const PointwiseCorrelation& t) {
     float* const sums = t.sums + k * t.sum_stride;
     const BlockOutput output{sums, t.add ? sums : nullptr, nullptr, false, t.sum_stride};
     with_rows(count, [&](auto rows) RESFAST_INLINE_LAMBDA {
-      product_block<LongSums, decltype(rows)::value, kVectors, false, 0>(
+      product_block<kSteps, decltype(rows)::value, kVectors, false, 0>(
           t.d + k, 1, t.d_stride, t.x, kPanelColumns, t.rows, 1, 0, 0, nullptr,
           [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA { output.store(r, j, sum); });
     });

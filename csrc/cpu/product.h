@@ -31,25 +31,14 @@ RESFAST_INLINE FloatVec in_register(FloatVec v) {
   return v;
 }
 
-// How a sum's steps are taken. A step alone in the loop's body leaves a tenth of the instructions to
-// the loop, and those are scarce where the core serves a second thread, of this program or, on a
-// rented machine, of anybody's; but short sums end sooner by single steps.
-// Stores wait for their sums, and the processor has room for few that wait (Zen 3: 6), behind which
-// nothing starts. So the last steps are taken by one half of the rows, and then by the other: the
-// first half's stores pass while the products go on.
-struct LongSums {
-  static constexpr int kStepsAtOnce = 2;
+// A step alone in the loop's body leaves a tenth of the instructions to the loop, and those are scarce
+// where the core serves a second thread, of this program or, on a rented machine, of anybody's. But
+// GCC, the more steps it sees, keeps sums in memory: at four everywhere.
 #if defined(__AVX512F__)
-  static constexpr int kLastSteps = 0;  // not measured
+constexpr int kSteps = 1;  // others not measured
 #else
-  static constexpr int kLastSteps = 6;
+constexpr int kSteps = 3;
 #endif
-};
-struct ShortSums {
-  static constexpr int kStepsAtOnce = 1;
-  static constexpr int kLastSteps = LongSums::kLastSteps / 2;
-};
-constexpr int kWaitingStores = 6;
 
 // Whether the next rows are fetched meanwhile, not for the first panel of columns alone, for which
 // they come from memory. Lines of 12 rows, whose distance is often a multiple of 4 KB, do not fit
@@ -60,23 +49,19 @@ constexpr bool kNextRows = true;
 constexpr bool kNextRows = false;
 #endif
 
-// Where a block's products are: v[r·row_stride] for row r, u[j] for column j.
-struct ProductPlace {
-  const float *v, *u;
-};
-
-// sum[r][j] += v[r·row_stride + step·v_step] · u[step·u_step + j], rows [kFirst, kLast), vectors j.
-template <int kFirst, int kLast, int kVectors, class Sums>
-RESFAST_INLINE void product_step(const ProductPlace& at, int64_t row_stride, Sums& sum) {
-  const float* const lower = at.v + 3 * row_stride;  // three rows from one address: strides 0, 1, 2
+// sum[r][j] += v[r·row_stride] · u[j], vectors j
+template <int kRows, int kVectors>
+RESFAST_INLINE void product_step(const float* v, int64_t row_stride, const float* u,
+                                 FloatVec (&sum)[kRows][kVectors]) {
+  const float* const lower = v + 3 * row_stride;  // three rows from one address: strides 0, 1, 2
   FloatVec columns[kVectors];
 #pragma GCC unroll 8
   for (int j = 0; j < kVectors; ++j) {
-    columns[j] = in_register(load_raw<FloatVec>(at.u + j * kProductLanes));
+    columns[j] = in_register(load_raw<FloatVec>(u + j * kProductLanes));
   }
 #pragma GCC unroll 8
-  for (int r = kFirst; r < kLast; ++r) {
-    const FloatVec value = splat(r < 3 ? at.v[r * row_stride] : lower[(r - 3) * row_stride]);
+  for (int r = 0; r < kRows; ++r) {
+    const FloatVec value = splat(r < 3 ? v[r * row_stride] : lower[(r - 3) * row_stride]);
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) sum[r][j] += value * columns[j];
   }
@@ -84,9 +69,10 @@ RESFAST_INLINE void product_step(const ProductPlace& at, int64_t row_stride, Sum
 
 // sum[r][j] = Σ over segments and steps v[r·row_stride + segment·v_segment + step·v_step] ·
 // u[segment·u_segment + step·u_step + j], vectors j; each sum goes to finish(r, j, sum).
-// kFetchRows: v_step is 1, and the rows after these are fetched, which come next.
-// kLinesAhead: fetched with every Sums::kStepsAtOnce steps, from `ahead` on. Returns what follows them.
-template <class Sums, int kRows, int kVectors, bool kFetchRows, int kLinesAhead, class Finish>
+// kStepsAtOnce: in the loop's body. kFetchRows: v_step is 1, and the rows after these are fetched,
+// which come next. kLinesAhead: fetched with these steps, from `ahead` on; returns what follows them.
+template <int kStepsAtOnce, int kRows, int kVectors, bool kFetchRows, int kLinesAhead,
+          class Finish>
 RESFAST_INLINE const float* product_block(const float* v, int64_t row_stride, int64_t v_step,
                                           const float* u, int64_t u_step, int64_t steps,
                                           int64_t segments, int64_t v_segment, int64_t u_segment,
@@ -97,59 +83,35 @@ RESFAST_INLINE const float* product_block(const float* v, int64_t row_stride, in
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) sum[r][j] = FloatVec{};
   }
-  constexpr int kStepsAtOnce = Sums::kStepsAtOnce, kLastSteps = Sums::kLastSteps;
-  constexpr bool kHalves = kLastSteps > 0 && kRows * kVectors > kWaitingStores;
-  const bool halves = kHalves && steps >= kLastSteps;
-  ProductPlace at{v, u};
   for (int64_t segment = 0; segment < segments; ++segment) {
-    at = {v + segment * v_segment, u + segment * u_segment};
-    const int64_t count = halves && segment == segments - 1 ? steps - kLastSteps : steps;
+    const float *v_at = v + segment * v_segment, *u_at = u + segment * u_segment;
     int64_t step = 0;
-    for (; step + kStepsAtOnce <= count; step += kStepsAtOnce) {
-      if (kFetchRows && step % kLineFloats == 0) {
+    for (; step + kStepsAtOnce <= steps; step += kStepsAtOnce) {
+      if (kFetchRows && step % kLineFloats < kStepsAtOnce) {
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) __builtin_prefetch(at.v + (kRows + r) * row_stride);
+        for (int r = 0; r < kRows; ++r) __builtin_prefetch(v_at + (kRows + r) * row_stride);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kLinesAhead; ++i) __builtin_prefetch(ahead + i * kLineFloats, 0, 2);
       ahead += kLinesAhead * kLineFloats;
 #pragma GCC unroll 8
       for (int i = 0; i < kStepsAtOnce; ++i) {
-        product_step<0, kRows, kVectors>({at.v + i * v_step, at.u + i * u_step}, row_stride, sum);
+        product_step(v_at + i * v_step, row_stride, u_at + i * u_step, sum);
       }
-      at.v += kStepsAtOnce * v_step;
-      at.u += kStepsAtOnce * u_step;
+      v_at += kStepsAtOnce * v_step;
+      u_at += kStepsAtOnce * u_step;
     }
-    for (; step < count; ++step) {
-      product_step<0, kRows, kVectors>(at, row_stride, sum);
-      at.v += v_step;
-      at.u += u_step;
-    }
-  }
-  const auto finish_rows = [&](auto first, auto last) RESFAST_INLINE_LAMBDA {
-#pragma GCC unroll 8
-    for (int r = decltype(first)::value; r < decltype(last)::value; ++r) {
-#pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) finish(r, j, sum[r][j]);
-    }
-  };
-  if constexpr (kHalves) {
-    if (halves) {
-      const auto half = [&](auto first, auto last) RESFAST_INLINE_LAMBDA {
-        constexpr int kFirst = decltype(first)::value, kLast = decltype(last)::value;
-#pragma GCC unroll 8
-        for (int step = 0; step < kLastSteps; ++step) {
-          product_step<kFirst, kLast, kVectors>({at.v + step * v_step, at.u + step * u_step},
-                                                row_stride, sum);
-        }
-        finish_rows(first, last);
-      };
-      half(Int<0>{}, Int<kRows / 2>{});
-      half(Int<kRows / 2>{}, Int<kRows>{});
-      return ahead;
+    for (; step < steps; ++step) {
+      product_step(v_at, row_stride, u_at, sum);
+      v_at += v_step;
+      u_at += u_step;
     }
   }
-  finish_rows(Int<0>{}, Int<kRows>{});
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) finish(r, j, sum[r][j]);
+  }
   return ahead;
 }
 
@@ -189,9 +151,9 @@ RESFAST_INLINE int64_t next_rows(int64_t rest) {
   return (rest + blocks - 1) / blocks;
 }
 
-// Memory to be fetched while blocks of rows are multiplied, a few lines with every Sums::kStepsAtOnce steps
-// until it is all fetched: memory gives filters more slowly than one block takes them, and caches
-// serve the further blocks.
+// Memory to be fetched while blocks of rows are multiplied, a few lines at a time until it is all
+// fetched: memory gives filters more slowly than one block takes them, and caches serve the further
+// blocks.
 template <int kLinesAhead>
 struct LinesAhead {
   const float *next, *end;

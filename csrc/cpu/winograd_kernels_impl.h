@@ -327,7 +327,7 @@ void product_rows(const WinogradProduct& t) {
       with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
         constexpr int kRows = decltype(count)::value;
         lines.with_fetching([&](auto lines_ahead, const float* ahead) RESFAST_INLINE_LAMBDA {
-          return product_block<ShortSums, kRows, kVectors, kNextRows, decltype(lines_ahead)::value>(
+          return product_block<kSteps, kRows, kVectors, kNextRows, decltype(lines_ahead)::value>(
               v, t.v_stride, 1, u, kPanelColumns, channels, 1, 0, 0, ahead,
               [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA {
                 float* const to = m + r * m_stride + j * kProductLanes;
@@ -354,7 +354,7 @@ void correlation_rows(const WinogradCorrelation& t) {
     float* const sums = t.sums + channel * t.sum_stride;
     const BlockOutput output{sums, t.add ? sums : nullptr, nullptr, false, t.sum_stride};
     with_rows(channels, [&](auto count) RESFAST_INLINE_LAMBDA {
-      product_block<LongSums, decltype(count)::value, kVectors, false, 0>(
+      product_block<kSteps, decltype(count)::value, kVectors, false, 0>(
           t.v + channel, 1, t.v_stride, t.d, t.d_stride, t.tiles, 1, 0, 0, nullptr,
           [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA { output.store(r, j, sum); });
     });
