@@ -31,9 +31,9 @@ RESFAST_INLINE FloatVec in_register(FloatVec v) {
   return v;
 }
 
-// A step alone in the loop's body leaves a tenth of the instructions to the loop, and those are scarce
-// where the core serves a second thread, of this program or, on a rented machine, of anybody's. But
-// GCC, the more steps it sees, keeps sums in memory: at four everywhere.
+// A step alone in the loop's body leaves a tenth of the instructions to the loop, and those are
+// scarce where the core serves a second thread, of this program or, on a rented machine, of
+// anybody's. But the more steps it sees, the sooner GCC keeps sums in memory: at four everywhere.
 #if defined(__AVX512F__)
 constexpr int kSteps = 1;  // others not measured
 #else
@@ -70,7 +70,8 @@ RESFAST_INLINE void product_step(const float* v, int64_t row_stride, const float
 // sum[r][j] = Σ over segments and steps v[r·row_stride + segment·v_segment + step·v_step] ·
 // u[segment·u_segment + step·u_step + j], vectors j; each sum goes to finish(r, j, sum).
 // kStepsAtOnce: in the loop's body. kFetchRows: v_step is 1, and the rows after these are fetched,
-// which come next. kLinesAhead: fetched with these steps, from `ahead` on; returns what follows them.
+// which come next. kLinesAhead: fetched with these steps, from `ahead` on. Returns what follows the
+// lines fetched.
 template <int kStepsAtOnce, int kRows, int kVectors, bool kFetchRows, int kLinesAhead,
           class Finish>
 RESFAST_INLINE const float* product_block(const float* v, int64_t row_stride, int64_t v_step,
