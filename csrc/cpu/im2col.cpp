@@ -15,6 +15,7 @@
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/pointwise_kernels.h"
+#include "cpu/sharing.h"
 #include "cpu/windows.h"
 
 namespace resfast {
@@ -23,6 +24,8 @@ namespace {
 constexpr int64_t kBlockBytes = 512 * 1024;  // of gathered windows, half an L2 cache
 constexpr int64_t kBlockRows = 192;
 constexpr int64_t kPixelsInChain = 128;
+constexpr int64_t kLeastRows = 128;  // of a piece of work, for which all windows are gathered
+constexpr int64_t kLineFloats = 16;  // between blocks, so that they do not share cache sets
 
 const PointwiseKernels& pointwise_kernels() {
   return RESFAST_PICK(pointwise_kernels);
@@ -235,20 +238,23 @@ void im2col_wgrad(const Tensor& x, const Tensor& dz, int64_t stride_h, int64_t s
   // vectors are whole: where the window does not end with one, sums have memory of their own
   const int64_t stride = round_up(width, kernels.lanes);
   const bool apart = stride != width;
-  // each thread takes rows of dweight or panels of its columns, whichever there are more of
+  // threads share out rows of dweight or panels of its columns, whichever there are more of
   const int64_t threads = torch::stable::get_num_threads();
   const bool by_rows = k >= width || panels < threads;
-  const int64_t shares = std::min(threads, by_rows ? k : panels);
-  torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-    const auto bound = [&](int64_t count, int64_t share) { return count * share / shares; };
-    const int64_t k_begin = by_rows ? bound(k, begin) : 0, k_end = by_rows ? bound(k, end) : k;
-    const int64_t panel_begin = by_rows ? 0 : bound(panels, begin);
-    const int64_t panel_end = by_rows ? panels : bound(panels, end);
+  const int64_t shared = by_rows ? k : panels;
+  const int64_t least = by_rows ? kLeastRows : ceil_div(kLeastRows, columns);
+  const int64_t grain = std::clamp<int64_t>(ceil_div(shared, threads), 1, least);
+  share_out(0, shared, grain, [&](int64_t begin, int64_t end) {
+    const int64_t k_begin = by_rows ? begin : 0, k_end = by_rows ? end : k;
+    const int64_t panel_begin = by_rows ? 0 : begin, panel_end = by_rows ? panels : end;
     const int64_t own = std::min(stride, panel_end * columns) - panel_begin * columns;
-    float* const gathered =
-        thread_scratch(kPixelsInChain * columns + apart * (k_end - k_begin) * own);
-    float* const sums =
-        apart ? gathered + kPixelsInChain * columns : out + k_begin * width + panel_begin * columns;
+    const int64_t block_stride = kPixelsInChain * kernels.block_channels + kLineFloats;
+    const int64_t blocks = ceil_div(k_end - k_begin, kernels.block_channels);
+    float* const gathered = thread_scratch(kPixelsInChain * columns + blocks * block_stride +
+                                           apart * (k_end - k_begin) * own);
+    float* const packed = gathered + kPixelsInChain * columns;
+    float* const sums = apart ? packed + blocks * block_stride
+                              : out + k_begin * width + panel_begin * columns;
     const int64_t sum_stride = apart ? own : width;
     std::vector<Corner<float>> corners(kPixelsInChain), next(kPixelsInChain);
     Place place{};
@@ -263,21 +269,20 @@ void im2col_wgrad(const Tensor& x, const Tensor& dz, int64_t stride_h, int64_t s
       PointwiseCorrelation t{};
       t.rows = rows;
       t.channels = k_end - k_begin;
-      t.d = d + first * k + k_begin;
-      t.d_stride = k;
+      t.d = packed;
+      t.block_stride = block_stride;
       t.x = gathered;
       t.sum_stride = sum_stride;
       t.add = first > 0;
+      kernels.pack_blocks(d + first * k + k_begin, k, rows, t.channels, block_stride, packed);
       for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
         const int64_t column = panel * columns, existing = std::min(columns, width - column);
         t.columns = round_up(existing, kernels.lanes);
         const std::vector<Run> runs = in.runs(column, existing);
         for (int64_t i = 0; i < rows; ++i) {
-          float* row = gathered + i * columns;
-          in.gather(corners[i], runs, row);
+          in.gather(corners[i], runs, gathered + i * columns);
           if (i < next_rows) in.fetch(next[i], runs);
         }
-        t.next_rows = panel == panel_begin ? next_rows : 0;
         t.sums = sums + (panel - panel_begin) * columns;
         kernels.correlation(t);
       }

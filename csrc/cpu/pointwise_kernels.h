@@ -25,10 +25,9 @@ struct PointwiseTile {
 struct PointwiseCorrelation {
   int64_t rows, channels;  // channels: of d
   int64_t columns;         // of x, a multiple of the lanes
-  const float* d;
-  int64_t d_stride;
-  int64_t next_rows;  // behind these, to be fetched from memory meanwhile
-  const float* x;     // rows PointwiseKernels::columns apart
+  const float* d;          // as pack_blocks packs it
+  int64_t block_stride;
+  const float* x;  // rows PointwiseKernels::columns apart
   float* sums;
   int64_t sum_stride;
   bool add;
@@ -41,6 +40,10 @@ struct PointwiseKernels {
   // to[channel][columns] of from[column·column_stride + channel·channel_stride], times factors
   void (*pack)(const float* from, int64_t column_stride, int64_t channel_stride, int64_t columns,
                int64_t channels, const float* factors, float* to);
+  int block_channels;  // at most
+  // d [rows][channels] in blocks of channels, each [rows][channels of the block]
+  void (*pack_blocks)(const float* d, int64_t d_stride, int64_t rows, int64_t channels,
+                      int64_t block_stride, float* to);
   void (*correlation)(const PointwiseCorrelation&);
 };
 

@@ -69,27 +69,55 @@ inline void pointwise_product(const PointwiseTile& t) {
   }
 }
 
-template <int kVectors>
-void pointwise_correlation_rows(const PointwiseCorrelation& t) {
-  const float* next = t.d + t.rows * t.d_stride;
-  int64_t fetched = 0;
-  for (int64_t k = 0; k < t.channels;) {
-    const int64_t count = next_rows(t.channels - k);
-    // The lines of rows far apart are no stream that the hardware would follow.
-    for (; fetched * t.channels < t.next_rows * (k + count); ++fetched) {
-      for (int64_t i = 0; i < t.channels; i += kLineFloats) {
-        __builtin_prefetch(next + fetched * t.d_stride + i, 0, 2);
+// call(Int<channels of a block>, first block, first channel, blocks) for the larger blocks of d's
+// channels, and for those smaller by one
+template <class Call>
+RESFAST_INLINE void equal_blocks(int64_t channels, Call call) {
+  const int64_t blocks = (channels + kProductRows - 1) / kProductRows;
+  if (blocks == 0) return;
+  const int64_t least = channels / blocks, larger = channels % blocks;
+  const auto with = [&](int64_t count, int64_t block, int64_t channel, int64_t times) {
+    if (times == 0) return;
+    with_rows(count, [&](auto rows) RESFAST_INLINE_LAMBDA { call(rows, block, channel, times); });
+  };
+  with(least + 1, 0, 0, larger);
+  with(least, larger, larger * (least + 1), blocks - larger);
+}
+
+// A block's values are read once for each panel of columns: row by row as they lie, they would share
+// a few sets of the cache.
+inline void pack_blocks(const float* d, int64_t d_stride, int64_t rows, int64_t channels,
+                        int64_t block_stride, float* to) {
+  equal_blocks(channels, [&](auto count, int64_t block, int64_t channel,
+                             int64_t times) RESFAST_INLINE_LAMBDA {
+    constexpr int kCount = decltype(count)::value;
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* from = d + row * d_stride + channel;
+      float* packed = to + block * block_stride + row * kCount;
+      for (int64_t i = 0; i < times; ++i) {
+        __builtin_memcpy(packed, from, kCount * sizeof(float));
+        from += kCount;
+        packed += block_stride;
       }
     }
-    float* const sums = t.sums + k * t.sum_stride;
-    const BlockOutput output{sums, t.add ? sums : nullptr, nullptr, false, t.sum_stride};
-    with_rows(count, [&](auto rows) RESFAST_INLINE_LAMBDA {
-      product_block<kSteps, decltype(rows)::value, kVectors, false, 0>(
-          t.d + k, 1, t.d_stride, t.x, kPanelColumns, t.rows, 1, 0, 0, nullptr,
+  });
+}
+
+template <int kVectors>
+void pointwise_correlation_rows(const PointwiseCorrelation& t) {
+  equal_blocks(t.channels, [&](auto count, int64_t block, int64_t channel,
+                               int64_t times) RESFAST_INLINE_LAMBDA {
+    constexpr int kCount = decltype(count)::value;
+    for (int64_t i = 0; i < times; ++i) {
+      float* const sums = t.sums + (channel + i * kCount) * t.sum_stride;
+      const BlockOutput output{sums, t.add ? sums : nullptr, nullptr, false, t.sum_stride};
+      if (t.add) output.fetch<kCount, kVectors>();
+      product_block<kSteps, kCount, kVectors, false, 0>(
+          t.d + (block + i) * t.block_stride, 1, kCount, t.x, kPanelColumns, t.rows, 1, 0, 0,
+          nullptr,
           [&](int r, int j, FloatVec sum) RESFAST_INLINE_LAMBDA { output.store(r, j, sum); });
-    });
-    k += count;
-  }
+    }
+  });
 }
 
 inline void pointwise_correlation(const PointwiseCorrelation& t) {
@@ -101,4 +129,7 @@ inline void pointwise_correlation(const PointwiseCorrelation& t) {
 }  // namespace resfast
 
 #define RESFAST_POINTWISE_KERNELS \
-  {kProductLanes, kPanelColumns, &pointwise_product, &pack_panel, &pointwise_correlation}
+  {                                                                                         \
+    kProductLanes, kPanelColumns, &pointwise_product, &pack_panel, kProductRows, &pack_blocks, \
+        &pointwise_correlation                                                              \
+  }

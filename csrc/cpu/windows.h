@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "checks.h"
@@ -14,7 +15,7 @@ template <class T>
 struct Corner {
   const T* image;
   int64_t y, x;
-  bool inside;  // the whole window
+  const T* whole;  // the value, where the whole window is inside
 };
 
 // An output pixel.
@@ -56,7 +57,8 @@ struct Windows {
   Corner<T> corner(const Place& p) const {
     const int64_t top = p.row * stride_h + first_y, left = p.column * stride_w + first_x;
     const bool inside = top >= 0 && top + kernel_h <= h && left >= 0 && left + kernel_w <= w;
-    return {x + p.image * h * w * c, top, left, inside};
+    const T* const image = x + p.image * h * w * c;
+    return {image, top, left, inside ? image + (top * w + left) * c : nullptr};
   }
 
   // Columns [begin, begin + length): each run of them in one row of the window.
@@ -76,9 +78,8 @@ struct Windows {
   template <class Call>
   void each_run(const Corner<T>& at, const std::vector<Run>& runs, const Call& call) const {
     const int64_t line = w * c;
-    if (at.inside) {
-      const T* first = at.image + at.y * line + at.x * c;
-      for (const Run& run : runs) call(first + run.row * line + run.start, 0, run.length, 0);
+    if (at.whole) {
+      for (const Run& run : runs) call(at.whole + run.row * line + run.start, 0, run.length, 0);
       return;
     }
     for (const Run& run : runs) {
@@ -93,10 +94,20 @@ struct Windows {
     }
   }
 
+  // A few values at a time, where that is all: a call would cost as much.
+  static T* copy(const T* values, int64_t count, T* to) {
+    constexpr int64_t kAtOnce = 16;
+    if (count % kAtOnce != 0) return std::copy(values, values + count, to);
+    for (int64_t i = 0; i < count; i += kAtOnce) {
+      std::memcpy(to + i, values + i, kAtOnce * sizeof(T));
+    }
+    return to + count;
+  }
+
   void gather(const Corner<T>& at, const std::vector<Run>& runs, T* to) const {
     each_run(at, runs, [&](const T* values, int64_t before, int64_t inside, int64_t after) {
       for (int64_t i = 0; i < before; ++i) *to++ = T{};
-      if (inside > 0) to = std::copy(values, values + inside, to);
+      if (inside > 0) to = copy(values, inside, to);
       for (int64_t i = 0; i < after; ++i) *to++ = T{};
     });
   }
