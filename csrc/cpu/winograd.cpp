@@ -439,12 +439,13 @@ void winograd_conv_once(const Tensor& x, const Tensor& weight, bool transposed,
 // number of multiplications is saved. Chains end at kTilesInChain; their sums are added in order.
 struct WeightGradient {
   static constexpr int64_t kTilesInChain = 32;
-  static constexpr int64_t kChannelsInTask = 48;
+  static constexpr int64_t kMostInTask = 64, kChannelsInTask = 48;
   static constexpr int64_t kChannelsInLine = 16;
 
   const WinogradKernels& kernels;
   int form;
   int64_t points, c, k, tiles;
+  int64_t task_channels;  // of x
   WinogradInput input{}, gradient{};
   WinogradWeightGradient output{};
 
@@ -454,6 +455,7 @@ struct WeightGradient {
     const int64_t tile = kWinogradForms[form].tile, side = kWinogradForms[form].points;
     const TileGrid grid{h, w, h, w, ceil_div(h, tile), ceil_div(w, tile)};
     points = side * side;
+    task_channels = c <= kMostInTask ? std::max<int64_t>(c, 1) : kChannelsInTask;
     tiles = x.size(0) * grid.rows * grid.columns;
     input.grid = gradient.grid = grid;
     input.channels = c;
@@ -472,9 +474,10 @@ struct WeightGradient {
   int64_t panel_columns(int64_t panel) const {
     return std::min<int64_t>(kernels.columns, k - panel * kernels.columns);
   }
-  int64_t tasks() const { return ceil_div(c, kChannelsInTask); }
+  int64_t tasks() const { return ceil_div(c, task_channels); }
 
-  // Tiles at the points: [parts][points][tiles][channels of a part].
+  // Tiles at the points: [parts][points][tiles][channels of a part]. Parts are as wide as a product
+  // reads them: tiles of many channels would share a few sets of the cache.
   struct Block {
     int64_t first, size;
     float* v;
@@ -507,9 +510,9 @@ struct WeightGradient {
     });
   }
 
-  // One point's sums of channels of x, from `channel` of v's part on, and of d's panel of dz's.
-  void correlate(const Block& v, const Block& d, int64_t point, int64_t part, int64_t channel,
-                 int64_t channels, int64_t panel, float* sums, int64_t sum_stride) const {
+  // One point's sums of a part's channels of x and of d's panel of dz's.
+  void correlate(const Block& v, const Block& d, int64_t point, int64_t part, int64_t channels,
+                 int64_t panel, float* sums, int64_t sum_stride) const {
     WinogradCorrelation t{};
     t.channels = channels;
     t.columns = panel_columns(panel);
@@ -517,10 +520,8 @@ struct WeightGradient {
     t.d_stride = d.part;
     t.sums = sums;
     t.sum_stride = sum_stride;
-    const int64_t d_part = d.part == k ? 0 : panel, column = d.part == k ? panel : 0;
-    const float* const v_point = v.v + (part * points + point) * v.point_stride() + channel;
-    const float* const d_point =
-        d.v + (d_part * points + point) * d.point_stride() + column * kernels.columns;
+    const float* const v_point = v.v + (part * points + point) * v.point_stride();
+    const float* const d_point = d.v + (panel * points + point) * d.point_stride();
     for (int64_t chain = 0; chain < v.size; chain += kTilesInChain) {
       t.tiles = std::min(kTilesInChain, v.size - chain);
       t.v = v_point + chain * v.part;
@@ -554,19 +555,19 @@ struct WeightGradient {
 
   void run_by_panels() const {
     const int64_t columns = kernels.columns;
-    float* const memory = thread_scratch<kShared>(block_floats(tiles, c, kChannelsInTask) +
+    float* const memory = thread_scratch<kShared>(block_floats(tiles, c, task_channels) +
                                                   block_floats(tiles, k, columns));
-    const Block v{0, tiles, memory, kChannelsInTask};
-    const Block d{0, tiles, memory + block_floats(tiles, c, kChannelsInTask), columns};
+    const Block v{0, tiles, memory, task_channels};
+    const Block d{0, tiles, memory + block_floats(tiles, c, task_channels), columns};
     to_points(v, d);
-    const int64_t point_stride = kChannelsInTask * columns + kPointPadding;
+    const int64_t point_stride = task_channels * columns + kPointPadding;
     share_out(0, panels() * tasks(), 1, [&](int64_t begin, int64_t end) {
       float* const sums = thread_scratch(points * point_stride);
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t panel = i / tasks(), task = i % tasks(), channel = task * kChannelsInTask;
-        const int64_t channels = std::min(kChannelsInTask, c - channel);
+        const int64_t panel = i / tasks(), task = i % tasks(), channel = task * task_channels;
+        const int64_t channels = std::min(task_channels, c - channel);
         for (int64_t point = 0; point < points; ++point) {
-          correlate(v, d, point, task, 0, channels, panel, sums + point * point_stride, columns);
+          correlate(v, d, point, task, channels, panel, sums + point * point_stride, columns);
         }
         from_points(channel, channels, panel, sums, columns, point_stride);
       }
@@ -577,22 +578,23 @@ struct WeightGradient {
     const int64_t count =
         std::min(std::max<int64_t>(1, tiles), round_up(tiles_in(kSharedBytes), kTilesInChain));
     const int64_t sum_stride = c * k + kPointPadding;
-    float* const memory = thread_scratch<kShared>(points * sum_stride + block_floats(count, c, c) +
-                                                  block_floats(count, k, k));
-    float* const sums = memory + block_floats(count, c, c) + block_floats(count, k, k);
+    const int64_t columns = kernels.columns, v_floats = block_floats(count, c, task_channels);
+    float* const memory = thread_scratch<kShared>(v_floats + block_floats(count, k, columns) +
+                                                  points * sum_stride);
+    float* const sums = memory + v_floats + block_floats(count, k, columns);
     if (tiles == 0) std::fill(sums, sums + points * sum_stride, 0.0f);
     for (int64_t first = 0; first < tiles; first += count) {
       const int64_t size = std::min(count, tiles - first);
-      const Block v{first, size, memory, c};
-      const Block d{first, size, memory + block_floats(count, c, c), k};
+      const Block v{first, size, memory, task_channels};
+      const Block d{first, size, memory + v_floats, columns};
       to_points(v, d);
       share_out(0, points * tasks(), 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          const int64_t point = i / tasks(), channel = i % tasks() * kChannelsInTask;
+          const int64_t point = i / tasks(), task = i % tasks(), channel = task * task_channels;
           float* const rows = sums + point * sum_stride + channel * k;
           for (int64_t panel = 0; panel < panels(); ++panel) {
-            correlate(v, d, point, 0, channel, std::min(kChannelsInTask, c - channel), panel,
-                      rows + panel * kernels.columns, k);
+            correlate(v, d, point, task, std::min(task_channels, c - channel), panel,
+                      rows + panel * columns, k);
           }
         }
       });

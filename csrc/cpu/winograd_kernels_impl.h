@@ -75,29 +75,28 @@ RESFAST_INLINE void from_points<kF4>(const FloatVec* p, FloatVec* out) {
   out[3] = p[5] + ((a * a) * difference_a + (b * b) * difference_b);
 }
 
-// A: the m gradients of an output line, taken back to the points
-template <int kForm>
-RESFAST_INLINE void gradient_to_points(const FloatVec* d, FloatVec* out);
-
-template <>
-RESFAST_INLINE void gradient_to_points<kF2>(const FloatVec* d, FloatVec* out) {
+// A: the m gradients of an output line `d` at the points, in up to two groups like Bᵀ's
+RESFAST_INLINE void gradient_to_points(Int<kF2>, Int<0>, const FloatVec* d, FloatVec* out) {
   out[0] = d[0];
   out[1] = d[0] + d[1];
   out[2] = d[0] - d[1];
   out[3] = d[1];
 }
 
-template <>
-RESFAST_INLINE void gradient_to_points<kF4>(const FloatVec* d, FloatVec* out) {
-  constexpr float a = kPointA, b = kPointB;
-  const FloatVec even_a = d[0] + (a * a) * d[2], odd_a = a * (d[1] + (a * a) * d[3]);
-  const FloatVec even_b = d[0] + (b * b) * d[2], odd_b = b * (d[1] + (b * b) * d[3]);
+RESFAST_INLINE void gradient_to_points(Int<kF4>, Int<0>, const FloatVec* d, FloatVec* out) {
+  constexpr float a = kPointA;
+  const FloatVec even = d[0] + (a * a) * d[2], odd = a * (d[1] + (a * a) * d[3]);
   out[0] = d[0];
-  out[1] = even_a + odd_a;
-  out[2] = even_a - odd_a;
-  out[3] = even_b + odd_b;
-  out[4] = even_b - odd_b;
-  out[5] = d[3];
+  out[1] = even + odd;
+  out[2] = even - odd;
+}
+
+RESFAST_INLINE void gradient_to_points(Int<kF4>, Int<1>, const FloatVec* d, FloatVec* out) {
+  constexpr float b = kPointB;
+  const FloatVec even = d[0] + (b * b) * d[2], odd = b * (d[1] + (b * b) * d[3]);
+  out[0] = even + odd;
+  out[1] = even - odd;
+  out[2] = d[3];
 }
 
 // ---- kernels
@@ -304,9 +303,10 @@ void winograd_input(const WinogradInput& t) {
 template <int kForm>
 void winograd_gradient(const WinogradInput& t) {
   constexpr WinogradForm f = kWinogradForms[kForm];
-  tiles_to_points<f.tile, f.points, f.tile, 0, 1>(
-      t, [](Int<0>, const FloatVec* d, FloatVec* out)
-             RESFAST_INLINE_LAMBDA { gradient_to_points<kForm>(d, out); });
+  constexpr int kGroups = f.points > 4 ? 2 : 1;
+  tiles_to_points<f.tile, f.points, f.tile, 0, kGroups>(
+      t, [](auto group, const FloatVec* d, FloatVec* out)
+             RESFAST_INLINE_LAMBDA { gradient_to_points(Int<kForm>{}, group, d, out); });
 }
 
 constexpr int kLinesAhead = kProductVectors / 2;
@@ -424,13 +424,22 @@ void winograd_weight_gradient(const WinogradWeightGradient& t) {
         }
       }
     }
-    for (int64_t column = 0; column < t.columns; ++column) {
-      float* w = t.w + column * t.column_stride + first * t.channel_stride;
-      for (int r = 0; r < 3; ++r) {
-        for (int s = 0; s < 3; ++s) {
-          float* tap = w + r * t.row_stride + s * t.tap_stride;
+    for (int r = 0; r < 3; ++r) {
+      for (int s = 0; s < 3; ++s) {
+        const float* const tap = &taps[r * 3 + s][0][0];
+        float* const w = t.w + first * t.channel_stride + r * t.row_stride + s * t.tap_stride;
+        if (t.channel_stride == 1 && block % kProductLanes == 0) {
+          for (int64_t i = 0; i < block; i += kProductLanes) {
+            for (int64_t column = 0; column < t.columns; column += kProductLanes) {
+              transpose(tap + i * kPanelColumns + column, kPanelColumns,
+                        w + column * t.column_stride + i, t.column_stride);
+            }
+          }
+          continue;
+        }
+        for (int64_t column = 0; column < t.columns; ++column) {
           for (int64_t i = 0; i < block; ++i) {
-            tap[i * t.channel_stride] = taps[r * 3 + s][i][column];
+            w[column * t.column_stride + i * t.channel_stride] = tap[i * kPanelColumns + column];
           }
         }
       }
