@@ -108,8 +108,8 @@ RESFAST_INLINE void product_panel(const Bf16Tile& t, int64_t column) {
       with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
         constexpr int kRows = decltype(count)::value;
         const bool fetched = next >= end;  // then lines that are in a cache
-        const float* const ahead = product_block<kRows, kVectors>(t, row, column, first, pairs,
-                                                                  fetched ? u : next);
+        const float* const ahead =
+            product_block<kRows, kVectors>(t, row, column, first, pairs, fetched ? u : next);
         if (!fetched) next = ahead;
       });
       row += rows;

@@ -253,8 +253,8 @@ void im2col_wgrad(const Tensor& x, const Tensor& dz, int64_t stride_h, int64_t s
     float* const gathered = thread_scratch(kPixelsInChain * columns + blocks * block_stride +
                                            apart * (k_end - k_begin) * own);
     float* const packed = gathered + kPixelsInChain * columns;
-    float* const sums = apart ? packed + blocks * block_stride
-                              : out + k_begin * width + panel_begin * columns;
+    float* const sums =
+        apart ? packed + blocks * block_stride : out + k_begin * width + panel_begin * columns;
     const int64_t sum_stride = apart ? own : width;
     std::vector<Corner<float>> corners(kPixelsInChain), next(kPixelsInChain);
     Place place{};

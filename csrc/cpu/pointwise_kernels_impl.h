@@ -84,23 +84,23 @@ RESFAST_INLINE void equal_blocks(int64_t channels, Call call) {
   with(least, larger, larger * (least + 1), blocks - larger);
 }
 
-// A block's values are read once for each panel of columns: row by row as they lie, they would share
-// a few sets of the cache.
+// A block's values are read once for each panel of columns: row by row as they lie, they would
+// share a few sets of the cache.
 inline void pack_blocks(const float* d, int64_t d_stride, int64_t rows, int64_t channels,
                         int64_t block_stride, float* to) {
-  equal_blocks(channels, [&](auto count, int64_t block, int64_t channel,
-                             int64_t times) RESFAST_INLINE_LAMBDA {
-    constexpr int kCount = decltype(count)::value;
-    for (int64_t row = 0; row < rows; ++row) {
-      const float* from = d + row * d_stride + channel;
-      float* packed = to + block * block_stride + row * kCount;
-      for (int64_t i = 0; i < times; ++i) {
-        __builtin_memcpy(packed, from, kCount * sizeof(float));
-        from += kCount;
-        packed += block_stride;
-      }
-    }
-  });
+  equal_blocks(channels, [&](auto count, int64_t block, int64_t channel, int64_t times)
+                             RESFAST_INLINE_LAMBDA {
+                               constexpr int kCount = decltype(count)::value;
+                               for (int64_t row = 0; row < rows; ++row) {
+                                 const float* from = d + row * d_stride + channel;
+                                 float* packed = to + block * block_stride + row * kCount;
+                                 for (int64_t i = 0; i < times; ++i) {
+                                   __builtin_memcpy(packed, from, kCount * sizeof(float));
+                                   from += kCount;
+                                   packed += block_stride;
+                                 }
+                               }
+                             });
 }
 
 template <int kVectors>
@@ -128,8 +128,6 @@ inline void pointwise_correlation(const PointwiseCorrelation& t) {
 }  // namespace
 }  // namespace resfast
 
-#define RESFAST_POINTWISE_KERNELS \
-  {                                                                                         \
-    kProductLanes, kPanelColumns, &pointwise_product, &pack_panel, kProductRows, &pack_blocks, \
-        &pointwise_correlation                                                              \
-  }
+#define RESFAST_POINTWISE_KERNELS                                    \
+  {kProductLanes, kPanelColumns, &pointwise_product,    &pack_panel, \
+   kProductRows,  &pack_blocks,  &pointwise_correlation}

@@ -72,8 +72,7 @@ RESFAST_INLINE void product_step(const float* v, int64_t row_stride, const float
 // kStepsAtOnce: in the loop's body. kFetchRows: v_step is 1, and the rows after these are fetched,
 // which come next. kLinesAhead: fetched with these steps, from `ahead` on. Returns what follows the
 // lines fetched.
-template <int kStepsAtOnce, int kRows, int kVectors, bool kFetchRows, int kLinesAhead,
-          class Finish>
+template <int kStepsAtOnce, int kRows, int kVectors, bool kFetchRows, int kLinesAhead, class Finish>
 RESFAST_INLINE const float* product_block(const float* v, int64_t row_stride, int64_t v_step,
                                           const float* u, int64_t u_step, int64_t steps,
                                           int64_t segments, int64_t v_segment, int64_t u_segment,

@@ -579,8 +579,8 @@ struct WeightGradient {
         std::min(std::max<int64_t>(1, tiles), round_up(tiles_in(kSharedBytes), kTilesInChain));
     const int64_t sum_stride = c * k + kPointPadding;
     const int64_t columns = kernels.columns, v_floats = block_floats(count, c, task_channels);
-    float* const memory = thread_scratch<kShared>(v_floats + block_floats(count, k, columns) +
-                                                  points * sum_stride);
+    float* const memory =
+        thread_scratch<kShared>(v_floats + block_floats(count, k, columns) + points * sum_stride);
     float* const sums = memory + v_floats + block_floats(count, k, columns);
     if (tiles == 0) std::fill(sums, sums + points * sum_stride, 0.0f);
     for (int64_t first = 0; first < tiles; first += count) {
