@@ -29,7 +29,7 @@ RESFAST_INLINE ShortVec round_to_bf16(FloatVec v) {
 
 // The tile by value, since stores may alias anything that is not local. Returns what follows the
 // lines that it fetched from `ahead` on.
-template <int kRows, int kVectors>
+template <int kRows, int kVectors, int kLines>
 RESFAST_INLINE const float* product_block(const Bf16Tile t, int64_t row, int64_t column,
                                           int64_t first, int64_t pairs, const float* ahead) {
   const bool last = first + pairs == t.pairs;
@@ -59,8 +59,8 @@ RESFAST_INLINE const float* product_block(const Bf16Tile t, int64_t row, int64_t
       for (int r = 0; r < kRows; ++r) __builtin_prefetch(x + (kRows + r) * t.x_stride);
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < kLinesAhead; ++i) __builtin_prefetch(ahead + i * kLineFloats, 0, 2);
-    ahead += kLinesAhead * kLineFloats;
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead + i * kLineFloats, 0, 2);
+    ahead += kLines * kLineFloats;
     FloatVec columns[kVectors];
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
@@ -102,15 +102,15 @@ RESFAST_INLINE void product_panel(const Bf16Tile& t, int64_t column) {
     const int64_t pair_floats = kPanelColumns;  // a pair takes as many bytes
     const float* const u =
         reinterpret_cast<const float*>(t.u) + column * t.pairs + first * pair_floats;
-    const float *next = u + pairs * pair_floats, *const end = next + pairs * pair_floats;
+    LinesAhead<kLinesAhead> lines(u + pairs * pair_floats, pairs * pair_floats);
     for (int64_t row = 0; row < t.rows;) {
       const int64_t rows = next_rows(t.rows - row);
       with_rows(rows, [&](auto count) RESFAST_INLINE_LAMBDA {
         constexpr int kRows = decltype(count)::value;
-        const bool fetched = next >= end;  // then lines that are in a cache
-        const float* const ahead =
-            product_block<kRows, kVectors>(t, row, column, first, pairs, fetched ? u : next);
-        if (!fetched) next = ahead;
+        lines.with_fetching([&](auto lines_ahead, const float* ahead) RESFAST_INLINE_LAMBDA {
+          return product_block<kRows, kVectors, decltype(lines_ahead)::value>(t, row, column, first,
+                                                                              pairs, ahead);
+        });
       });
       row += rows;
     }
